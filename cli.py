@@ -1,0 +1,385 @@
+"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo`.
+
+Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .core.errors import AblationError
+
+if TYPE_CHECKING:
+    from .core.ablation import Task
+    from .core.evaluation import Evaluation
+    from .core.hosts.diffusers import DiffusersDenoiser
+    from .core.metrics import Judge
+    from .core.progress import Progress, ProgressCallback
+
+OUT_OF_MEMORY = "Out of memory: lower --batch, add --checkpointing, or choose a smaller subset."
+NETWORK_JUDGE = "ViT-B-32/laion2b_s34b_b79k"
+
+app = typer.Typer(
+    help="Make a text-to-image model stop drawing a concept, and save the edit as a delta that loads like a LoRA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Diffusers folder, SD 1.x .safetensors file or hub id.", show_default="the embedded Emoji Diffusion"
+    ),
+]
+Targets = Annotated[list[str], typer.Option("--target", help="The concept to remove; give it again for several.")]
+Anchors = Annotated[list[str], typer.Option("--anchor", help="What to draw instead; one for each target.")]
+Surrounding = Annotated[
+    list[str] | None, typer.Option(help="A neighbour to preserve and to measure; give it again for several.")
+]
+KindOption = Annotated[str, typer.Option(help="instance, style or memorized.")]
+Output = Annotated[Path, typer.Option(help="Folder for the results; created if it does not exist.")]
+Seed = Annotated[int, typer.Option(help="Random seed: the same one gives the same result on the same machine.")]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="CLIP model that measures: an open_clip name such as ViT-L-14/openai, or a local open_clip folder.",
+        show_default=f"the embedded judge for the embedded model, else {NETWORK_JUDGE}",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU if there is one")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Prediction = Annotated[
+    str | None, typer.Option(help="epsilon or v_prediction.", show_default="what the model's files say")
+]
+EvalPrompts = Annotated[int, typer.Option(help="Held-out prompts for each concept that is measured.")]
+EvalSeeds = Annotated[int, typer.Option(help="Images for each of these prompts.")]
+
+
+@app.command()
+def ablate(
+    target: Targets,
+    anchor: Anchors,
+    output: Output,
+    model: Model = None,
+    kind: KindOption = "instance",
+    preset: Annotated[str, typer.Option(help="balanced or paper.")] = "balanced",
+    objective: Annotated[
+        str | None,
+        typer.Option(help="model, model-self, noise, reverse-kl or loss-max.", show_default="the preset's"),
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="cross-attn, attn, embedding or full.", show_default="the preset's")
+    ] = None,
+    surrounding: Surrounding = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with your own anchor prompts, one a line.")] = None,
+    target_prompts: Annotated[
+        Path | None, typer.Option(help="Text file with further captions of a memorized image, one a line.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
+    images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    eval_prompts: EvalPrompts = 5,
+    eval_seeds: EvalSeeds = 4,
+    judge: JudgeOption = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "auto",
+    prediction: Prediction = None,
+) -> None:
+    """Remove concepts from a model: writes delta.safetensors, report.html, report.json and pictures to --output."""
+    from .core.ablation import ablate_and_report
+    from .core.evaluation import EvaluationSettings
+    from .core.presets import recipe
+
+    tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
+    evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
+    denoiser, referee = _load(model, judge, device, precision, prediction)
+    training = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
+    chosen = recipe(
+        preset,
+        denoiser,
+        tasks[0].concept.kind,
+        objective=objective,
+        subset=subset,
+        seed=seed,
+        training={name: value for name, value in training.items() if value is not None},
+        dataset={} if images is None else {"images": images},
+    )
+    with _progress() as on_progress:
+        found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
+    _show(found, output)
+
+
+@app.command()
+def evaluate(
+    delta: Annotated[Path, typer.Option(help="The delta file.")],
+    target: Targets,
+    anchor: Anchors,
+    output: Output,
+    model: Model = None,
+    kind: KindOption = "instance",
+    surrounding: Surrounding = None,
+    eval_prompts: EvalPrompts = 10,
+    eval_seeds: EvalSeeds = 8,
+    judge: JudgeOption = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "auto",
+    prediction: Prediction = None,
+) -> None:
+    """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
+    from .core import delta_file
+    from .core.ablation import report_inputs
+    from .core.delta import check_fits
+    from .core.evaluation import EvaluationSettings
+    from .core.evaluation import evaluate as measure
+    from .core.files import require_writable
+    from .core.report import write_report
+
+    tasks = _tasks(target, anchor, kind, surrounding, None, None)
+    settings = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds, first_seed=seed)
+    edit = delta_file.load(delta)
+    require_writable(output)
+    denoiser, referee = _load(model, judge, device, precision, prediction)
+    check_fits(edit, denoiser)
+    with _progress() as on_progress:
+        concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
+        found = measure(denoiser, edit, concepts, names, referee, settings, on_progress)
+    write_report(output, report_inputs(denoiser, tasks, delta, found))
+    _show(found, output)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option(help="What to draw; give it again for several.")],
+    output: Output,
+    model: Model = None,
+    delta: Annotated[
+        list[str] | None, typer.Option(help="Delta file to apply, with :STRENGTH if not 1; give it again for several.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images for each prompt, with consecutive seeds.")] = 1,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 4.0,
+    sampler: Annotated[str, typer.Option(help="ddim, euler, euler_ancestral or dpmpp_2m.")] = "ddim",
+    eta: Annotated[float, typer.Option(help="Fresh noise in ddim and euler_ancestral: 0 none, 1 DDPM.")] = 1.0,
+    schedule: Annotated[str, typer.Option(help="Noise levels: timestep or karras.")] = "timestep",
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "auto",
+    prediction: Prediction = None,
+) -> None:
+    """Draw pictures with a model and any number of deltas; writes <prompt index>_<seed>.png files to --output."""
+    from contextlib import ExitStack
+
+    from PIL import Image
+
+    from .core import delta_file
+    from .core.files import replacing, require_writable
+    from .core.progress import Reporter
+    from .core.samplers import SampleSettings, draw_images
+
+    settings = SampleSettings(steps, guidance, sampler, eta, schedule, negative)
+    edits = [(delta_file.load(path), strength) for path, strength in map(_with_strength, delta or [])]
+    require_writable(output)
+    denoiser = _load_model(model, device, precision, prediction)
+    requests = [(index, text, seed + i) for index, text in enumerate(prompt) for i in range(count)]
+    with ExitStack() as stack:
+        on_progress = stack.enter_context(_progress())
+        for edit, strength in edits:
+            stack.enter_context(edit.attach(denoiser, strength))
+        reporter = Reporter(on_progress, "Drawing", len(requests) * steps)
+        texts, seeds = [text for _, text, _ in requests], [number for _, _, number in requests]
+        images = draw_images(denoiser, texts, seeds, settings, batch=batch, reporter=reporter)
+    for (index, _, number), image in zip(requests, images, strict=True):
+        with replacing(output / f"{index}_{number}.png") as temporary:
+            Image.fromarray(image).save(temporary)
+    console.print(f"{len(images)} images in {output}")
+
+
+@app.command()
+def merge(
+    delta: Annotated[list[str], typer.Option(help="Delta file, with :STRENGTH if not 1; give it again for several.")],
+    output: Annotated[Path, typer.Option(help="The merged .safetensors file.")],
+) -> None:
+    """Add deltas of the same model up into one file."""
+    from .core import delta_file
+    from .core.delta import merge as add
+
+    _require_safetensors(output)
+    total = add((delta_file.load(path), strength) for path, strength in map(_with_strength, delta))
+    delta_file.save(total, output)
+    console.print(f"{output}: {len(total.layers)} layers, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def export(
+    delta: Annotated[Path, typer.Option(help="The delta file.")],
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")],
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+) -> None:
+    """Compress a delta to a LoRA of a chosen rank and say how much of it is kept."""
+    from .core import delta_file
+    from .core.delta import to_lora
+
+    _require_safetensors(output)
+    lora, kept = to_lora(delta_file.load(delta), rank)
+    delta_file.save(lora, output)
+    console.print(f"{output}: rank {rank}, {output.stat().st_size / 1e6:.1f} MB, {kept:.1%} of the energy kept")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/demo"),
+) -> None:
+    """Remove 'tropical fish' and the style 'twemoji' from the embedded model, on a CPU, in minutes."""
+    from .core.ablation import Task, ablate_and_report
+    from .core.concept import Concept
+    from .core.evaluation import EvaluationSettings
+    from .core.presets import recipe
+    from .core.samplers import SampleSettings
+
+    tasks = (
+        Task(Concept("tropical fish", "fish"), ("blowfish", "shark", "octopus", "cat")),
+        Task(Concept("twemoji", "emoji", "style"), ("noto", "fluent", "flat", "blob")),
+    )
+    evaluation = EvaluationSettings(prompts=4, seeds=4, sample=SampleSettings(steps=20))
+    denoiser, referee = _load(None, None, None, "auto", None)
+    with _progress() as on_progress:
+        chosen = recipe("balanced", denoiser)
+        found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
+    _show(found, output)
+
+
+def main() -> None:
+    """Entry point: run a command and turn what goes wrong into one line and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        code = app(standalone_mode=False)
+    except AblationError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("Interrupted: nothing that was half done was kept as finished; run the command again to go on.", 130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            # a usage error of typer, which knows how to print itself
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _fail(OUT_OF_MEMORY, 2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _tasks(
+    targets: Sequence[str],
+    anchors: Sequence[str],
+    kind: str,
+    surrounding: Sequence[str] | None,
+    prompts: Path | None,
+    target_prompts: Path | None,
+) -> tuple[Task, ...]:
+    from .core.ablation import Task
+    from .core.concept import Concept
+    from .core.prompts import read_prompt_file
+
+    if len(targets) != len(anchors):
+        raise AblationError(f"There are {len(targets)} targets and {len(anchors)} anchors: give one anchor per target.")
+    extra: dict[str, Any] = {}
+    if prompts is not None:
+        extra["anchor_prompts"] = read_prompt_file(prompts)
+    if target_prompts is not None:
+        extra["target_prompts"] = read_prompt_file(target_prompts)
+    return tuple(
+        Task(Concept(target, anchor, kind, **extra), tuple(surrounding or ()))
+        for target, anchor in zip(targets, anchors, strict=True)
+    )
+
+
+def _load(
+    model: str | None, judge: str | None, device: str | None, precision: str, prediction: str | None
+) -> tuple[DiffusersDenoiser, Judge]:
+    """The model and its judge, before any work is done."""
+    from .core.metrics import Judge
+
+    denoiser = _load_model(model, device, precision, prediction)
+    return denoiser, Judge.load(judge or (None if model is None else NETWORK_JUDGE), denoiser.device)
+
+
+def _load_model(model: str | None, device: str | None, precision: str, prediction: str | None) -> DiffusersDenoiser:
+    with console.status("Loading the model"):
+        from .core.hosts.diffusers import load_denoiser
+
+        return load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
+
+
+def _with_strength(text: str) -> tuple[Path, float]:
+    """FILE[:STRENGTH]: what follows the last colon is a strength only if it is a number (C:\\x.safetensors:0.5)."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def _require_safetensors(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise AblationError(f"{path.name} must end in .safetensors, or no LoRA loader will find it.")
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A progress bar for each phase of a run."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[loss]}"), console=console) as bar:
+        bars: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.phase not in bars:
+                bars[progress.phase] = bar.add_task(progress.phase, total=progress.total, loss="")
+            loss = "" if progress.loss is None else f"loss {progress.loss:.2e}"
+            bar.update(bars[progress.phase], completed=progress.step, loss=loss)
+
+        yield show
+
+
+def _show(found: Evaluation, output: Path) -> None:
+    table = Table(title=f"CLIP accuracy, {found.judge}")
+    for heading in ("ablation", "concept", "role"):
+        table.add_column(heading)
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for row in found.concepts:
+        table.add_row(
+            row.ablation, row.name, row.role, f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
+        )
+    console.print(table)
+    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

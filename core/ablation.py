@@ -1,0 +1,160 @@
+"""The whole job, as every face runs it: dataset, training, delta file, evaluation, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from . import dataset, delta_file, trainer
+from .concept import Concept
+from .delta import Delta
+from .denoiser import Denoiser
+from .evaluation import Evaluation, EvaluationSettings, evaluate, roles
+from .files import require_writable
+from .metrics import Judge
+from .presets import Recipe
+from .progress import ProgressCallback
+from .report import ReportInputs, delta_info, write_report
+
+DELTA_FILE = "delta.safetensors"
+_MODELSPEC = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2/lora"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A concept to ablate and the neighbours that must stay."""
+
+    concept: Concept
+    surrounding: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A delta and how it came about."""
+
+    delta: Delta
+    """As its file gives it back: rounded to fp16."""
+    losses: tuple[float, ...]
+    seconds: dict[str, float]
+
+
+def ablate(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    *,
+    directory: Path | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Ablation:
+    """Build the dataset of the tasks and train a delta on it.
+
+    Args:
+        denoiser: the pretrained model.
+        tasks: one or several concepts for one delta.
+        recipe: settings of the dataset and the training.
+        directory: where to keep the dataset, so that a run that was killed goes on; None keeps it in memory.
+        on_progress: called after each step; raises to cancel.
+
+    Raises:
+        AblationError: bad input, a folder that cannot be written, a diverged training.
+    """
+    concepts = [task.concept for task in tasks]
+    for task in tasks:
+        roles(task.concept, task.surrounding)
+    start = time.perf_counter()
+    data = dataset.build(
+        denoiser,
+        concepts,
+        recipe.dataset,
+        surrounding=[task.surrounding for task in tasks],
+        directory=directory,
+        on_progress=on_progress,
+    )
+    built = time.perf_counter()
+    result = trainer.train(denoiser, data, recipe.training, on_progress)
+    delta = replace(result.delta.rounded(torch.float16), metadata=header(denoiser, data, recipe))
+    return Ablation(delta, result.losses, {"dataset": built - start, "training": result.seconds})
+
+
+def ablate_and_report(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    judge: Judge,
+    evaluation: EvaluationSettings,
+    output: Path,
+    on_progress: ProgressCallback | None = None,
+) -> Evaluation:
+    """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it.
+
+    Raises:
+        AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
+    """
+    require_writable(output)
+    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
+    delta_file.save(made.delta, output / DELTA_FILE)
+    found = evaluate(
+        denoiser,
+        made.delta,
+        [task.concept for task in tasks],
+        [task.surrounding for task in tasks],
+        judge,
+        evaluation,
+        on_progress,
+    )
+    write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
+    return found
+
+
+def report_inputs(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    delta_path: Path,
+    evaluation: Evaluation,
+    *,
+    recipe: Recipe | None = None,
+    made: Ablation | None = None,
+) -> ReportInputs:
+    """What a report is made of; without `recipe` and `made` for a delta that was trained in another run."""
+    return ReportInputs(
+        evaluation=evaluation,
+        concepts=tuple(task.concept for task in tasks),
+        delta=delta_info(delta_path),
+        losses=made.losses if made else (),
+        seconds=made.seconds if made else {},
+        settings=asdict(recipe) if recipe else {},
+        model=denoiser.name,
+    )
+
+
+def header(denoiser: Denoiser, data: dataset.AblationDataset, recipe: Recipe) -> dict[str, str]:
+    """The header of a delta file: ModelSpec 1.0.1 fields and our own, all strings."""
+    concepts = data.concepts
+    named = "; ".join(f"{concept.target} -> {concept.anchor}" for concept in concepts)
+    training = recipe.training
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _MODELSPEC.get(denoiser.architecture, f"{denoiser.architecture}/lora"),
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"Concept Ablation: {named}",
+        "modelspec.description": f"Makes {denoiser.name} draw the anchor instead of the target ({named}).",
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "concept_ablation.target": "; ".join(concept.target for concept in concepts),
+        "concept_ablation.anchor": "; ".join(concept.anchor for concept in concepts),
+        "concept_ablation.kind": "; ".join(concept.kind for concept in concepts),
+        "concept_ablation.objective": training.objective,
+        "concept_ablation.subset": training.subset,
+        "concept_ablation.steps": str(training.steps),
+        "concept_ablation.seed": str(training.seed),
+        "concept_ablation.architecture": denoiser.architecture,
+        "concept_ablation.base_model": denoiser.name,
+        "concept_ablation.base_model_sha256": data.model,
+        "concept_ablation.dataset_sha256": data.digest(),
+        "concept_ablation.settings": json.dumps(asdict(recipe)),
+    }

@@ -1,0 +1,252 @@
+"""The training set of an ablation: latents that the pretrained model drew, each with its pair of prompts.
+
+Section 3.2 of the paper: tuples (x, c, c*), x drawn from the anchor prompt c (from the target prompt c* for reverse KL
+and loss maximization). Rows that preserve a surrounding concept are ordinary tuples whose two prompts are the same.
+Images are kept as latents, so neither building nor training needs the autoencoder.
+
+On disk a dataset is a folder: `manifest.json` holds the whole plan (settings, prompts, which row has which) and is
+written first; each shard of latents is renamed into place when it is complete. A build that was killed goes on where
+it was, and since every row has its own random seed it ends with the same dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .concept import Concept, pairs, preservation_prompts
+from .denoiser import Denoiser
+from .errors import AblationError
+from .files import replacing, write_json
+from .progress import ProgressCallback, Reporter
+from .prompts import PromptSource
+from .samplers import SampleSettings, sample_latents
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """How large a dataset is and how its images are drawn."""
+
+    images: int = 200
+    """Images per concept to be ablated."""
+    preserve: int = 0
+    """Images per concept that preserve its anchor and surrounding concepts."""
+    prompts: int = 200
+    """Distinct prompt pairs per concept; images go round them."""
+    source: Literal["anchor", "target"] = "anchor"
+    """The prompt that the images are drawn from: the target's for reverse KL and loss maximization."""
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    batch: int = 16
+    """Images drawn at once, which is also the size of a shard."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.prompts < 1 or self.batch < 1 or self.preserve < 0:
+            raise AblationError("A dataset needs at least one image, one prompt and a batch size of at least 1.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image is drawn from which prompt and trained with which pair; indices point into `prompts`."""
+
+    prompts: tuple[str, ...]
+    rows: tuple[tuple[int, int], ...]
+    """(anchor prompt, target prompt) of each row; equal for rows that preserve."""
+
+
+@dataclass(frozen=True)
+class AblationDataset:
+    """A complete dataset in memory.
+
+    Attributes:
+        latents: [rows, C, h, w], fp32.
+        plan: the prompts of each row.
+        settings: how it was made.
+        concepts: what it ablates.
+        model: fingerprint of the model that drew it.
+    """
+
+    latents: Tensor
+    plan: Plan
+    settings: DatasetSettings
+    concepts: tuple[Concept, ...]
+    model: str
+
+    @property
+    def preserving(self) -> Tensor:
+        """Which rows preserve instead of ablate, bool [rows]."""
+        return torch.tensor([anchor == target for anchor, target in self.plan.rows])
+
+    def digest(self) -> str:
+        """SHA-256 of the plan and the latents, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps(asdict(self.plan)).encode())
+        digest.update(self.latents.half().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def make_plan(
+    concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
+    source: PromptSource,
+    settings: DatasetSettings,
+) -> Plan:
+    """Decide every row before anything is drawn.
+
+    Args:
+        concepts: what to ablate.
+        surrounding: for each concept, the names to preserve beside its anchor.
+        source: prompt templates.
+        settings: sizes.
+    """
+    texts: list[tuple[str, str]] = []
+    for concept, neighbours in zip(concepts, surrounding, strict=True):
+        prompt_pairs = pairs(concept, source, settings.prompts)
+        texts += [(p.anchor, p.target) for p in _cycle(prompt_pairs, settings.images)]
+        if settings.preserve:
+            names = [concept.anchor, *neighbours]
+            held = preservation_prompts(names, concept, source, settings.preserve)
+            texts += [(prompt, prompt) for prompt in _cycle(held, settings.preserve)]
+    prompts = tuple(dict.fromkeys(text for row in texts for text in row))
+    index = {prompt: i for i, prompt in enumerate(prompts)}
+    return Plan(prompts, tuple((index[anchor], index[target]) for anchor, target in texts))
+
+
+def build(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    settings: DatasetSettings,
+    *,
+    surrounding: Sequence[Sequence[str]] | None = None,
+    directory: Path | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> AblationDataset:
+    """Draw the dataset of `concepts` with the pretrained model, or finish the one in `directory`.
+
+    Args:
+        denoiser: the pretrained model, with no delta of this ablation attached.
+        concepts: what to ablate; several concepts give the union of their tuples.
+        settings: sizes and sampler.
+        surrounding: names to preserve, for each concept.
+        directory: where to keep it; None keeps it in memory only.
+        on_progress: called after each sampling step of each batch.
+
+    Raises:
+        AblationError: `directory` holds another dataset, or cannot be written.
+    """
+    plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
+    model = denoiser.fingerprint()
+    shards = [
+        range(start, min(start + settings.batch, len(plan.rows))) for start in range(0, len(plan.rows), settings.batch)
+    ]
+    if directory is not None:
+        _claim(directory, _manifest(plan, settings, concepts, model))
+    reporter = Reporter(on_progress, "Drawing the dataset", len(shards) * settings.sample.steps)
+    column = 0 if settings.source == "anchor" else 1
+    latents = []
+    for number, rows in enumerate(shards):
+        path = None if directory is None else directory / f"shard-{number:05d}.safetensors"
+        shard = None if path is None else _read_shard(path, len(rows), denoiser.latent_shape)
+        if shard is None:
+            prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
+            seeds = [_row_seed(settings.seed, row) for row in rows]
+            shard = sample_latents(denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance()).cpu()
+            # fp16 also in memory, so that a dataset is the same whether or not it went through a file
+            shard = shard.half()
+            if path is not None:
+                with replacing(path) as temporary:
+                    save_file({"latents": shard.contiguous()}, temporary)
+        else:
+            reporter.advance(settings.sample.steps)
+        latents.append(shard)
+    return AblationDataset(torch.cat(latents).float(), plan, settings, tuple(concepts), model)
+
+
+def load(directory: Path) -> AblationDataset:
+    """Read a complete dataset.
+
+    Raises:
+        AblationError: it is missing, incomplete or damaged.
+    """
+    manifest = _read_manifest(directory)
+    if manifest is None:
+        raise AblationError(f"{directory} holds no dataset: build one there first.")
+    settings = dict(manifest["settings"])
+    settings["sample"] = SampleSettings(**settings["sample"])
+    plan = Plan(tuple(manifest["prompts"]), tuple((anchor, target) for anchor, target in manifest["rows"]))
+    shards = []
+    for path in sorted(directory.glob("shard-*.safetensors")):
+        try:
+            shards.append(load_file(path)["latents"])
+        except (SafetensorError, KeyError, OSError) as error:
+            raise AblationError(f"{path} is damaged: delete it and build the dataset again to replace it.") from error
+    if sum(len(shard) for shard in shards) != len(plan.rows):
+        raise AblationError(f"The dataset in {directory} is not finished: run the build again to complete it.")
+    concepts = tuple(
+        Concept(**{**c, "anchor_prompts": tuple(c["anchor_prompts"]), "target_prompts": tuple(c["target_prompts"])})
+        for c in manifest["concepts"]
+    )
+    return AblationDataset(torch.cat(shards).float(), plan, DatasetSettings(**settings), concepts, manifest["model"])
+
+
+def _manifest(plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept], model: str) -> dict[str, Any]:
+    described = {
+        "format": _FORMAT,
+        "model": model,
+        "concepts": [asdict(concept) for concept in concepts],
+        "settings": asdict(settings),
+        "prompts": plan.prompts,
+        "rows": plan.rows,
+    }
+    # through JSON, so that it compares equal to what is read back
+    return json.loads(json.dumps(described))
+
+
+def _claim(directory: Path, manifest: dict[str, Any]) -> None:
+    found = _read_manifest(directory)
+    if found is None:
+        write_json(directory / _MANIFEST, manifest)
+    elif found != manifest:
+        raise AblationError(
+            f"{directory} holds a dataset of other concepts, settings or another model: choose another folder, "
+            "or delete it."
+        )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    path = directory / _MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AblationError(f"{path} is damaged: delete the folder and build the dataset again.") from error
+
+
+def _read_shard(path: Path, rows: int, shape: tuple[int, ...]) -> Tensor | None:
+    """The shard's latents, or None if it has to be drawn (again)."""
+    try:
+        latents = load_file(path)["latents"]
+    except (SafetensorError, KeyError, OSError):
+        return None
+    return latents if latents.shape == (rows, *shape) else None
+
+
+def _row_seed(seed: int, row: int) -> int:
+    """A seed for one row that neighbouring dataset seeds, rows and evaluation seeds do not share."""
+    return int.from_bytes(hashlib.sha256(f"dataset row {seed} {row}".encode()).digest()[:7], "big")
+
+
+def _cycle(items: Sequence[Any], count: int) -> list[Any]:
+    return [items[i % len(items)] for i in range(count)]

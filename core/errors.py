@@ -1,0 +1,21 @@
+"""Errors that a user can act on.
+
+Every message is one sentence that says what is wrong and what to do; a face (CLI, node, tab) shows it as it is.
+Anything else that is raised is a defect of this package or of the host program and keeps its traceback.
+"""
+
+
+class AblationError(Exception):
+    """Bad input, or a state of the machine that the user can change (wrong file, no space, diverged training)."""
+
+
+class IncompatibleDelta(AblationError):
+    """A delta does not fit the model that it is attached to."""
+
+
+class Diverged(AblationError):
+    """Training produced NaN, infinity or a loss far above where it began; no delta is returned."""
+
+
+class Interrupted(AblationError):
+    """The user cancelled. Raised by a progress callback, it unwinds any long operation and leaves the model clean."""

@@ -1,0 +1,195 @@
+"""What to generate and measure for a concept, before against after.
+
+The protocol of the paper's section 4.1: held-out prompts and fixed seeds for the target, the anchor and each
+surrounding concept, drawn by the model without and with the delta, judged by CLIP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from .concept import Concept, evaluation_prompts, judge_texts
+from .delta import Delta
+from .denoiser import Denoiser
+from .errors import AblationError
+from .metrics import Judge, clip_accuracy, clip_score
+from .progress import ProgressCallback, Reporter
+from .samplers import SampleSettings, draw_images
+
+Role = Literal["target", "anchor", "surrounding"]
+
+
+@dataclass(frozen=True)
+class ClipMetrics:
+    """CLIP figures of one set of images; both are means over its images, in [0, 1] and [-1, 1]."""
+
+    clip_accuracy: float
+    clip_score: float
+
+
+@dataclass(frozen=True)
+class ConceptResult:
+    """One concept, drawn from the same prompts and seeds by the model before and after the edit."""
+
+    name: str
+    role: Role
+    ablation: str
+    """Target of the ablation that this concept belongs to (a run may ablate several)."""
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    before: ClipMetrics
+    after: ClipMetrics
+    images_before: np.ndarray = field(repr=False)
+    """uint8 [prompts, seeds, height, width, 3], sRGB."""
+    images_after: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation found."""
+
+    concepts: tuple[ConceptResult, ...]
+    judge: str
+    seconds: dict[str, float]
+    settings: dict[str, object]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is drawn for each concept, and how."""
+
+    prompts: int = 10
+    seeds: int = 8
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    batch: int = 16
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.seeds < 1 or self.batch < 1:
+            raise AblationError("An evaluation needs at least one prompt, one seed and a batch size of at least 1.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    role: Role
+    concept: Concept
+    prompts: tuple[str, ...]
+
+
+def evaluate(
+    denoiser: Denoiser,
+    delta: Delta,
+    concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
+    judge: Judge,
+    settings: EvaluationSettings,
+    on_progress: ProgressCallback | None = None,
+) -> Evaluation:
+    """Draw and judge the target, the anchor and the surrounding concepts of each ablation, before and after.
+
+    The CLIP accuracy of the target and of surrounding concepts is against the anchor, that of the anchor against the
+    target: the share of a concept's images that the judge takes for it.
+
+    Args:
+        denoiser: the pretrained model, with nothing attached that belongs to this ablation.
+        delta: the edit.
+        concepts: what it ablates.
+        surrounding: for each concept, the names that should have stayed as they were.
+        judge: the CLIP model.
+        settings: how much to draw.
+        on_progress: called after each sampling step.
+
+    Raises:
+        AblationError: too few held-out prompts, a surrounding name that is the target or the anchor, or
+            IncompatibleDelta.
+    """
+    jobs = [
+        _Job(name, role, concept, evaluation_prompts(name, concept, denoiser.prompt_source, settings.prompts))
+        for concept, names in zip(concepts, surrounding, strict=True)
+        for name, role in roles(concept, names)
+    ]
+    seeds = tuple(range(settings.first_seed, settings.first_seed + settings.seeds))
+    start = time.perf_counter()
+    before = _draw(denoiser, jobs, seeds, settings, "Drawing before", on_progress)
+    middle = time.perf_counter()
+    with delta.attach(denoiser):
+        after = _draw(denoiser, jobs, seeds, settings, "Drawing after", on_progress)
+    drawn = time.perf_counter()
+    results = tuple(
+        ConceptResult(
+            name=job.name,
+            role=job.role,
+            ablation=job.concept.target,
+            prompts=job.prompts,
+            seeds=seeds,
+            before=_judge(judge, job, first),
+            after=_judge(judge, job, second),
+            images_before=first,
+            images_after=second,
+        )
+        for job, first, second in zip(jobs, before, after, strict=True)
+    )
+    seconds = {
+        "draw before": middle - start,
+        "draw after": drawn - middle,
+        "judge": time.perf_counter() - drawn,
+    }
+    return Evaluation(results, judge.name, seconds, asdict(settings))
+
+
+def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]]:
+    """The names that an evaluation of `concept` draws, each with its part in it.
+
+    Raises:
+        AblationError: a surrounding concept is the target or the anchor itself.
+    """
+    names = list(dict.fromkeys(surrounding))
+    for name in names:
+        if name.casefold() in (concept.target.casefold(), concept.anchor.casefold()):
+            raise AblationError(
+                f"'{name}' is the target or the anchor itself: leave it out of the surrounding concepts."
+            )
+    return [(concept.target, "target"), (concept.anchor, "anchor"), *((name, "surrounding") for name in names)]
+
+
+def _draw(
+    denoiser: Denoiser,
+    jobs: Sequence[_Job],
+    seeds: Sequence[int],
+    settings: EvaluationSettings,
+    phase: str,
+    on_progress: ProgressCallback | None,
+) -> list[np.ndarray]:
+    """Images of each job, uint8 [prompts, seeds, H, W, 3]."""
+    requests = [(prompt, seed) for job in jobs for prompt in job.prompts for seed in seeds]
+    reporter = Reporter(on_progress, phase, len(requests) * settings.sample.steps)
+    images = draw_images(
+        denoiser,
+        [prompt for prompt, _ in requests],
+        [seed for _, seed in requests],
+        settings.sample,
+        batch=settings.batch,
+        reporter=reporter,
+    )
+    parts = np.split(images, np.cumsum([len(job.prompts) * len(seeds) for job in jobs])[:-1])
+    return [part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, parts, strict=True)]
+
+
+def _judge(judge: Judge, job: _Job, images: np.ndarray) -> ClipMetrics:
+    embedded = judge.embed_images(images.reshape(-1, *images.shape[2:]))
+    other = job.concept.target if job.role == "anchor" else job.concept.anchor
+    concept = _embed(judge, job.name, job.concept)
+    return ClipMetrics(
+        clip_accuracy(embedded, concept, _embed(judge, other, job.concept)), clip_score(embedded, concept)
+    )
+
+
+def _embed(judge: Judge, name: str, concept: Concept) -> Tensor:
+    return judge.embed_concept(judge_texts(name, concept))

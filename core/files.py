@@ -1,0 +1,64 @@
+"""Writing files so that each is either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import AblationError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; when the block ends well it becomes `path`, otherwise it is removed.
+
+    The temporary name keeps the suffix, because writers choose their format by it.
+
+    Raises:
+        AblationError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AblationError(_explain(path, error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with `\\n` line ends on every system."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented strict JSON (NaN is refused with a ValueError)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def require_writable(directory: Path) -> None:
+    """Create `directory` and prove that a file can be written there, before hours are spent on what goes into it.
+
+    Raises:
+        AblationError: it cannot be created or written.
+    """
+    probe = directory / ".write-probe"
+    with replacing(probe) as temporary:
+        temporary.write_bytes(b"")
+    with contextlib.suppress(OSError):
+        probe.unlink()
+
+
+def _explain(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"The disk is full: free some space and write {path} again."
+    reason = error.strerror or str(error)
+    return f"Cannot write {path} ({reason}): choose an output folder that you may write to."

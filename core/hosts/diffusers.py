@@ -1,0 +1,269 @@
+"""Models of the diffusers library: pipeline folders, hub ids and single files of the Stable Diffusion family.
+
+Only the parts that the method needs are loaded (U-Net, text encoder, tokenizer, autoencoder, schedule); weights come
+from safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..delta import EDITABLE
+from ..denoiser import Conditioning, Denoiser, LatentCodec
+from ..errors import AblationError
+from ..prompts import BUILT_IN, load_prompt_source
+from .single_file import fit_text_names, read_single_file
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji_diffusion"
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+_TOKEN_EMBEDDING = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PROMPTS_FILE = "prompts.json"
+_HINTS_FILE = "ablation_hints.json"
+_SD1_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a Stable Diffusion model, however they were stored."""
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    vae: AutoencoderKL | AutoencoderTiny
+    schedule: Mapping[str, Any]
+    """Configuration of any diffusers scheduler: betas and prediction type are read from it."""
+
+
+class DiffusersCodec(LatentCodec):
+    """`AutoencoderKL` or `AutoencoderTiny`, with the scale that the U-Net was trained at."""
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        self._vae = vae
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        encoded = self._vae.encode((images * 2 - 1).to(self._vae.dtype))
+        latents = encoded.latent_dist.mode() if isinstance(self._vae, AutoencoderKL) else encoded.latents
+        return latents.float() * self._vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self._vae.decode((latents / self._vae.config.scaling_factor).to(self._vae.dtype)).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+class DiffusersDenoiser(Denoiser):
+    """A Stable Diffusion U-Net of diffusers, epsilon or v prediction.
+
+    Args:
+        parts: the loaded modules.
+        name: what to call the model.
+        device: where it runs.
+        autocast: compute type of the U-Net, or None to compute in the type of its weights.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        name: str,
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.device = device
+        self.prompt_source = BUILT_IN
+        self.network = parts.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.text_network = parts.text_encoder.to(device).eval().requires_grad_(False)
+        self.vae = DiffusersCodec(parts.vae.to(device).eval().requires_grad_(False))
+        self.architecture = "sd2" if self.network.config.cross_attention_dim == 1024 else "sd1"
+        size = self.network.config.sample_size
+        self.latent_shape = (self.network.config.in_channels, size, size)
+        self.layers = _editable_layers(self.network, self.text_network)
+        self._tokenizer = parts.tokenizer
+        self._autocast = autocast
+        self._prediction = parts.schedule.get("prediction_type", "epsilon")
+        if self._prediction not in ("epsilon", "v_prediction"):
+            raise AblationError(f"{name} predicts '{self._prediction}': only epsilon and v_prediction are supported.")
+        alphas = DDPMScheduler.from_config(dict(parts.schedule)).alphas_cumprod.double()
+        # zero terminal SNR would make the last sigma infinite; the clamp is a sigma of about 4,500
+        alphas = alphas.clamp(min=5e-8)
+        self.sigmas = ((1 - alphas) / alphas).sqrt().float()
+        self._log_sigmas = self.sigmas.double().log().to(device)
+
+    def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        scale = sigma.view(-1, 1, 1, 1)
+        timestep = self._timestep(sigma)
+        model_input = (x / (scale**2 + 1).sqrt()).to(memory_format=torch.channels_last)
+        with self._compute():
+            output = self.network(
+                model_input.to(self.network.dtype), timestep, encoder_hidden_states=cond.context.to(self.network.dtype)
+            ).sample.float()
+        if self._prediction == "epsilon":
+            return x - scale * output
+        return x / (scale**2 + 1) - output * scale / (scale**2 + 1).sqrt()
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, truncation=True).input_ids
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return Conditioning({"context": self.text_network(tokens.to(self.device))[0].float()})
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) timestep of each sigma: linear between the table's log sigmas, exact on the table."""
+        log_sigma = sigma.double().log()
+        high = torch.searchsorted(self._log_sigmas, log_sigma).clamp(1, len(self._log_sigmas) - 1)
+        low_value, high_value = self._log_sigmas[high - 1], self._log_sigmas[high]
+        timestep = high - 1 + ((log_sigma - low_value) / (high_value - low_value)).clamp(0, 1)
+        nearest = timestep.round()
+        # sigma passes through fp32, so a level of the table comes back a hair off its own index
+        return torch.where((timestep - nearest).abs() < 1e-3, nearest, timestep).float()
+
+    def _compute(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._autocast)
+
+
+def load_denoiser(
+    model: str | Path | None = None,
+    *,
+    device: str | None = None,
+    precision: str = "auto",
+    prediction_type: str | None = None,
+) -> DiffusersDenoiser:
+    """Load a Stable Diffusion model (1.x or 2.x).
+
+    Args:
+        model: a diffusers pipeline folder, a single-file SD 1.x checkpoint (`.safetensors`), a hub id such as
+            "stable-diffusion-v1-5/stable-diffusion-v1-5", or None for the embedded Emoji Diffusion.
+        device: "cpu", "cuda", "cuda:1", "mps"; None takes a GPU if there is one.
+        precision: "auto" computes in bf16 where the hardware has it, otherwise fp32 on CPUs and fp16 on GPUs.
+        prediction_type: "epsilon" or "v_prediction"; None takes what the model says.
+
+    Raises:
+        AblationError: the model is missing, damaged, of another architecture, or its folder lacks a part.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = EMBEDDED_MODEL if model is None else Path(model)
+    if path.is_file():
+        parts = _from_single_file(path)
+    elif path.is_dir():
+        parts = _from_folder(str(path), path)
+    elif _HUB_ID.fullmatch(str(model)):
+        parts = _from_folder(str(model), None)
+    else:
+        raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
+    if prediction_type is not None:
+        parts = Parts(**{**vars(parts), "schedule": {**parts.schedule, "prediction_type": prediction_type}})
+    weights, autocast = _precision(precision, chosen)
+    parts.unet.to(weights)
+    name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
+    denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
+    if (path / _PROMPTS_FILE).is_file():
+        denoiser.prompt_source = load_prompt_source(path / _PROMPTS_FILE)
+    if (path / _HINTS_FILE).is_file():
+        hints = json.loads((path / _HINTS_FILE).read_text(encoding="utf-8"))
+        denoiser.learning_rate_scale = float(hints["learning_rate_scale"])
+    return denoiser
+
+
+def _from_folder(location: str, folder: Path | None) -> Parts:
+    try:
+        index = _pipeline_class(location, folder)
+        if index != "StableDiffusionPipeline":
+            raise AblationError(f"{location} holds a {index}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported.")
+        options = {"use_safetensors": True, "local_files_only": folder is not None}
+        vae_class = AutoencoderTiny if _class_name(location, "vae") == "AutoencoderTiny" else AutoencoderKL
+        return Parts(
+            unet=UNet2DConditionModel.from_pretrained(location, subfolder="unet", **options),
+            text_encoder=CLIPTextModel.from_pretrained(location, subfolder="text_encoder", **options).float(),
+            tokenizer=CLIPTokenizer.from_pretrained(location, subfolder="tokenizer"),
+            vae=vae_class.from_pretrained(location, subfolder="vae", **options).float(),
+            schedule=DDPMScheduler.load_config(location, subfolder="scheduler"),
+        )
+    except (OSError, ValueError, json.JSONDecodeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        where = "check the folder" if folder is not None else "check the name and the network, or give a local folder"
+        raise AblationError(f"Cannot load the model {location} ({reason}): {where}.") from error
+
+
+def _pipeline_class(location: str, folder: Path | None) -> str:
+    from diffusers import DiffusionPipeline
+
+    if folder is not None and not (folder / "model_index.json").is_file():
+        raise AblationError(f"{folder} has no model_index.json: give the top folder of a diffusers pipeline.")
+    return str(DiffusionPipeline.load_config(location)["_class_name"])
+
+
+def _class_name(location: str, subfolder: str) -> str:
+    return str(AutoencoderKL.load_config(location, subfolder=subfolder)["_class_name"])
+
+
+def _from_single_file(path: Path) -> Parts:
+    file = read_single_file(path)
+    unet = UNet2DConditionModel(**file.unet_config)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**file.text_config))
+    vae = (AutoencoderTiny if file.vae_class == "AutoencoderTiny" else AutoencoderKL)(**file.vae_config)
+    for module, state in ((unet, file.unet), (text_encoder, fit_text_names(file.text, text_encoder)), (vae, file.vae)):
+        module.load_state_dict(state)
+    # the BPE vocabulary of CLIP-L, which every SD 1.x model uses, is in the embedded model
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
+    return Parts(unet, text_encoder, tokenizer, vae, {**_SD1_SCHEDULE, "prediction_type": file.prediction_type})
+
+
+def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """(type of the U-Net's weights, autocast type) for a device."""
+    if precision not in PRECISIONS:
+        raise AblationError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
+    if device.type == "cpu":
+        fast = precision == "bf16" or (precision == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.float32, torch.bfloat16 if fast else None
+    if precision == "fp32":
+        return torch.float32, None
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    # fp16 holds SD's weights exactly, and autocast brings them to the compute type
+    return torch.float16, dtype
+
+
+def _editable_layers(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
+    layers = {
+        "lora_unet_" + name.replace(".", "_"): module
+        for name, module in unet.named_modules()
+        if isinstance(module, EDITABLE) and getattr(module, "weight", None) is not None
+    }
+    for full_name, module in text_encoder.named_modules():
+        # transformers 5 dropped the `text_model.` that LoRA names still carry
+        name = full_name.removeprefix("text_model.")
+        if name == "embeddings.token_embedding":
+            layers[_TOKEN_EMBEDDING] = module
+        elif isinstance(module, EDITABLE) and not isinstance(module, nn.Embedding):
+            layers["lora_te_text_model_" + name.replace(".", "_")] = module
+    return layers

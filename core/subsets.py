@@ -1,0 +1,77 @@
+"""Which weights an edit may touch.
+
+Layers are chosen by patterns on their LoRA names, which are the same in every host. The subsets are the paper's
+(section 3.2) and `attn`, which its authors added later for stronger removal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from .concept import Concept
+from .delta import Delta, zeros, zeros_in_rows
+from .denoiser import Denoiser
+from .errors import AblationError
+
+_UNET = {
+    "cross-attn": r"lora_unet_.*_attn2_to_[kv]",
+    "attn": r"lora_unet_.*_attn[12]_to_(q|k|v|out_0)",
+    "full": r"lora_unet_.*",
+}
+_PATTERNS = {"sd1": _UNET, "sd2": _UNET}
+_TOKEN_EMBEDDING = r"text_encoders\..*\.token_embedding"
+
+SUBSETS: dict[str, str] = {
+    "cross-attn": "keys and values of the cross-attention layers",
+    "attn": "queries, keys, values and outputs of all attention layers",
+    "embedding": "the target's rows of the text encoder's token embedding",
+    "full": "every weight of the denoising network",
+}
+
+
+def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
+    """The layers of `subset`, by name, in the model's order.
+
+    Raises:
+        AblationError: no such subset, or the model's architecture has none of its layers.
+    """
+    if subset not in SUBSETS:
+        raise AblationError(f"There is no subset '{subset}': choose one of {', '.join(SUBSETS)}.")
+    pattern = re.compile(_TOKEN_EMBEDDING if subset == "embedding" else _PATTERNS[denoiser.architecture][subset])
+    layers = {name: module for name, module in denoiser.layers.items() if pattern.fullmatch(name)}
+    if not layers:
+        raise AblationError(f"{denoiser.name} has no layers of the subset '{subset}': choose another one.")
+    return layers
+
+
+def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept]) -> Delta:
+    """A delta of zeros over `subset`, ready to be trained.
+
+    For `embedding` only the rows of the targets' tokens are in it: of those tokens, where there are any, that the
+    anchor does not share ("grumpy" of Grumpy Cat -> cat), because a shared row would move the anchor too.
+
+    Raises:
+        AblationError: as `select`.
+    """
+    layers = select(subset, denoiser)
+    if subset != "embedding":
+        return zeros(layers)
+    rows: set[int] = set()
+    for concept in concepts:
+        target = set(denoiser.tokenize(concept.target))
+        rows |= (target - set(denoiser.tokenize(concept.anchor))) or target
+    merged = {name: zeros_in_rows(name, module, rows).layers[name] for name, module in layers.items()}
+    return Delta(merged)
+
+
+def trainable(delta: Delta, subset: str) -> Delta:
+    """The same delta with gradients switched on for what may move: of `embedding` only the rows, not their choice."""
+    tensors = [tensor for layer in delta.layers.values() for tensor in layer.tensors()]
+    if subset == "embedding":
+        tensors = [layer.weight.down for layer in delta.layers.values()]
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    return delta

@@ -1,0 +1,277 @@
+"""The training loop: a dataset and settings in, a delta out.
+
+Each step draws rows, noise levels and noise, asks the teacher (the same network with the delta switched off, or with
+its gradient stopped) and the student for d = (x - D) / sigma, and moves the delta by AdamW. The weights of the model
+are frozen throughout and are never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .dataset import AblationDataset
+from .delta import Attachment, Delta
+from .denoiser import Conditioning, Denoiser, true_direction
+from .errors import AblationError, Diverged
+from .losses import loss_maximization, model_based, noise_based
+from .progress import ProgressCallback, Reporter
+from .subsets import empty_delta, trainable
+
+OBJECTIVES: dict[str, str] = {
+    "model": "match the frozen model's prediction for the anchor prompt (Eq. 4)",
+    "model-self": "match the edited model's own prediction for the anchor prompt (Eq. 5)",
+    "noise": "anchor images under target prompts (Eq. 6)",
+    "reverse-kl": "as model, on images of the target (section 4.3)",
+    "loss-max": "the baseline: maximize the target's loss (Eq. 7)",
+}
+TARGET_IMAGES = ("reverse-kl", "loss-max")
+"""Objectives whose images are drawn from the target prompt instead of the anchor prompt."""
+
+_DIVERGED_FACTOR = 50.0
+_DISTANCE_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a delta is trained."""
+
+    objective: str = "model"
+    subset: str = "cross-attn"
+    steps: int = 100
+    learning_rate: float = 2e-3
+    batch: int = 32
+    """Rows that ablate, in each step."""
+    preserve_batch: int = 0
+    """Rows that preserve, in each step beside the others (if the dataset has any)."""
+    preserve_weight: float = 1.0
+    """Weight of the preservation loss against the objective."""
+    regularization: float = 0.0
+    """lambda of the paper's regularization: the diffusion loss on anchor pairs (x, c)."""
+    cosine: bool = True
+    """Let the learning rate rise over the first tenth and fall to 0 along a cosine, instead of keeping it."""
+    flip: bool = False
+    """Flip latents left to right at random."""
+    clip_norm: float = 1.0
+    """Largest norm of a gradient."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass, block by block: less memory, about a third more time."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise AblationError(f"There is no objective '{self.objective}': choose one of {', '.join(OBJECTIVES)}.")
+        if self.steps < 1 or self.batch < 1 or self.preserve_batch < 0:
+            raise AblationError("Training needs at least one step and a batch of at least one row.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise AblationError(f"The learning rate must be a positive number, not {self.learning_rate}.")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained delta and how it got there."""
+
+    delta: Delta
+    losses: tuple[float, ...]
+    """The objective (without preservation and regularization) at each step."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one step: those that ablate first, then those that preserve."""
+
+    x0: Tensor
+    x: Tensor
+    sigma: Tensor
+    anchor: Tensor
+    target: Tensor
+    ablating: int
+
+
+def train(
+    denoiser: Denoiser,
+    dataset: AblationDataset,
+    settings: TrainSettings,
+    on_progress: ProgressCallback | None = None,
+) -> TrainResult:
+    """Train a delta on a dataset. The same seed gives the same delta on the same machine.
+
+    Raises:
+        AblationError: the subset does not exist, or the dataset was drawn for another objective.
+        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+        Exception: whatever `on_progress` raises to cancel.
+    """
+    wanted = "target" if settings.objective in TARGET_IMAGES else "anchor"
+    if dataset.settings.source != wanted:
+        raise AblationError(
+            f"The objective '{settings.objective}' needs images of the {wanted} and this dataset has images of the "
+            f"{dataset.settings.source}: build a dataset for that objective."
+        )
+    start = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    delta = trainable(empty_delta(settings.subset, denoiser, dataset.concepts), settings.subset)
+    parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
+    reporter = Reporter(on_progress, "Training", settings.steps)
+    losses: list[float] = []
+    with torch.enable_grad(), _frozen(denoiser, settings.checkpointing), delta.attach(denoiser) as attachment:
+        prompts = _Prompts(denoiser, dataset.plan.prompts, attachment, settings.subset)
+        for batch in _batches(denoiser, dataset, settings):
+            objective, extra = _step_loss(denoiser, batch, delta, attachment, prompts, settings)
+            losses.append(objective.item())
+            _check(losses)
+            optimizer.zero_grad(set_to_none=True)
+            (objective + extra).backward()
+            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            schedule.step()
+            reporter.advance(loss=losses[-1])
+    trained = delta.map(lambda tensor: tensor.detach())
+    if not torch.isfinite(trained.norm()):
+        raise Diverged("Training ended in NaN or infinity: lower the learning rate and train again.")
+    return TrainResult(trained, tuple(losses), time.perf_counter() - start)
+
+
+class _Prompts:
+    """Conditioning of the dataset's prompts: encoded once, except where the delta edits the text encoder."""
+
+    def __init__(self, denoiser: Denoiser, prompts: tuple[str, ...], attachment: Attachment, subset: str) -> None:
+        self._denoiser = denoiser
+        self._prompts = prompts
+        self._edited = subset == "embedding"
+        with torch.no_grad(), attachment.disabled():
+            self.pretrained = denoiser.encode(prompts)
+
+    def student(self, index: Tensor) -> Conditioning:
+        """As the edited model sees the prompts, with gradients where the text encoder is edited."""
+        if not self._edited:
+            return self.pretrained[index]
+        distinct, inverse = torch.unique(index, return_inverse=True)
+        return self._denoiser.encode([self._prompts[i] for i in distinct.tolist()])[inverse]
+
+
+def _step_loss(
+    denoiser: Denoiser,
+    batch: _Batch,
+    delta: Delta,
+    attachment: Attachment,
+    prompts: _Prompts,
+    settings: TrainSettings,
+) -> tuple[Tensor, Tensor]:
+    """(the objective, preservation and regularization with their weights), scalars."""
+    count = batch.ablating
+    student = denoiser.direction(batch.x, batch.sigma, prompts.student(batch.target))
+    teacher = _teacher(denoiser, batch, attachment, prompts, settings)
+    ablated = student[:count]
+    truth = true_direction(batch.x, batch.sigma, batch.x0)
+    if settings.objective == "noise":
+        objective = noise_based(ablated, truth[:count])
+    elif settings.objective == "loss-max":
+        objective = loss_maximization(ablated, truth[:count], delta.norm(), _DISTANCE_WEIGHT)
+    else:
+        objective = model_based(ablated, teacher[:count])
+    extra = torch.zeros((), device=student.device)
+    if count < len(batch.x):
+        extra = extra + settings.preserve_weight * model_based(student[count:], teacher[count:])
+    if settings.regularization:
+        anchor = denoiser.direction(batch.x[:count], batch.sigma[:count], prompts.student(batch.anchor[:count]))
+        extra = extra + settings.regularization * noise_based(anchor, truth[:count])
+    return objective, extra
+
+
+@torch.no_grad()
+def _teacher(
+    denoiser: Denoiser, batch: _Batch, attachment: Attachment, prompts: _Prompts, settings: TrainSettings
+) -> Tensor:
+    """d for the anchor prompts, [B, C, h, w]; rows that the objective does not compare with a teacher are 0."""
+    count = batch.ablating
+    needed = slice(count if settings.objective in ("noise", "loss-max") else 0, None)
+    teacher = torch.zeros_like(batch.x)
+    if settings.objective == "model-self":
+        own = prompts.student(batch.anchor[:count])
+        teacher[:count] = denoiser.direction(batch.x[:count], batch.sigma[:count], own)
+        needed = slice(count, None)
+    if len(batch.x[needed]):
+        with attachment.disabled():
+            cond = prompts.pretrained[batch.anchor[needed]]
+            teacher[needed] = denoiser.direction(batch.x[needed], batch.sigma[needed], cond)
+    return teacher
+
+
+def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettings) -> Iterator[_Batch]:
+    """The rows of each step: reshuffled passes through the dataset, t uniform, fresh noise."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    preserving = dataset.preserving
+    ablate = _shuffled(preserving.logical_not().nonzero().flatten(), settings.batch, generator)
+    preserve = _shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
+    rows = torch.tensor(dataset.plan.rows)
+    device = denoiser.device
+    for _ in range(settings.steps):
+        chosen = torch.cat((next(ablate), next(preserve)))
+        x0 = dataset.latents[chosen]
+        if settings.flip:
+            mirrored = torch.rand(len(x0), generator=generator) < 0.5
+            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        level = torch.randint(len(denoiser.sigmas), (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        x0, sigma = x0.to(device), denoiser.sigmas[level].to(device)
+        anchor, target = rows[chosen].to(device).unbind(1)
+        yield _Batch(x0, denoiser.add_noise(x0, noise, sigma), sigma, anchor, target, settings.batch)
+
+
+def _shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of `size` rows, each pass in a new order; empty ones if there are no rows."""
+    pool = rows[:0]
+    while True:
+        while len(rows) and len(pool) < size:
+            pool = torch.cat((pool, rows[torch.randperm(len(rows), generator=generator)]))
+        yield pool[:size]
+        pool = pool[size:]
+
+
+@contextlib.contextmanager
+def _frozen(denoiser: Denoiser, checkpointing: bool) -> Iterator[None]:
+    """Keep gradients out of the model's own weights, and put its flags back however the block ends."""
+    modules = [module for module in (denoiser.network, denoiser.text_network) if module is not None]
+    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    checkpointing = checkpointing and hasattr(denoiser.network, "enable_gradient_checkpointing")
+    if checkpointing:
+        denoiser.network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if checkpointing:
+            denoiser.network.disable_gradient_checkpointing()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _rate(step: int, settings: TrainSettings) -> float:
+    """Share of the learning rate at a step."""
+    if not settings.cosine:
+        return 1.0
+    warm_up = max(1, settings.steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, settings.steps - warm_up)))
+
+
+def _check(losses: list[float]) -> None:
+    """Stop as soon as training has gone wrong: nothing that it made would be worth keeping."""
+    loss = losses[-1]
+    # a loss that begins near 0 may grow a lot and mean nothing
+    limit = _DIVERGED_FACTOR * max(*losses[:5], 1e-3)
+    if not math.isfinite(loss) or loss > limit:
+        raise Diverged(
+            f"Training diverged at step {len(losses)} (loss {loss:.3g}): lower the learning rate and train again."
+        )

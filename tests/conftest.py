@@ -1,0 +1,51 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts, load_denoiser
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def make_tiny(width: int = 32, seed: int = 0, prediction_type: str = "epsilon") -> DiffusersDenoiser:
+    """A random Stable Diffusion of a few thousand weights: 8x8 latents, the real tokenizer, everything in fp32."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(width, width),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    text_config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=49408
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
+    schedule = {**SCHEDULE, "prediction_type": prediction_type}
+    parts = Parts(unet, CLIPTextModel(text_config), tokenizer, vae, schedule)
+    return DiffusersDenoiser(parts, "tiny", torch.device("cpu"), None)
+
+
+@pytest.fixture
+def tiny() -> DiffusersDenoiser:
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def emoji() -> DiffusersDenoiser:
+    """The embedded model, as users get it."""
+    return load_denoiser()
