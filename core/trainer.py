@@ -270,7 +270,7 @@ def _check(losses: list[float]) -> None:
     """Stop as soon as training has gone wrong: nothing that it made would be worth keeping."""
     loss = losses[-1]
     # a loss that begins near 0 may grow a lot and mean nothing
-    limit = _DIVERGED_FACTOR * max(*losses[:5], 1e-3)
+    limit = _DIVERGED_FACTOR * max(losses[0], 1e-3)
     if not math.isfinite(loss) or loss > limit:
         raise Diverged(
             f"Training diverged at step {len(losses)} (loss {loss:.3g}): lower the learning rate and train again."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -38,6 +40,12 @@ def make_tiny(width: int = 32, seed: int = 0, prediction_type: str = "epsilon") 
     schedule = {**SCHEDULE, "prediction_type": prediction_type}
     parts = Parts(unet, CLIPTextModel(text_config), tokenizer, vae, schedule)
     return DiffusersDenoiser(parts, "tiny", torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., DiffusersDenoiser]:
+    """`make_tiny`, for tests that need several random models."""
+    return make_tiny
 
 
 @pytest.fixture
