@@ -260,7 +260,7 @@ def demo(
         Task(Concept("tropical fish", "fish"), ("blowfish", "shark", "octopus", "cat")),
         Task(Concept("twemoji", "emoji", "style"), ("noto", "fluent", "flat", "blob")),
     )
-    evaluation = EvaluationSettings(prompts=4, seeds=4, sample=SampleSettings(steps=20))
+    evaluation = EvaluationSettings(prompts=4, seeds=4, sample=SampleSettings(steps=15))
     denoiser, referee = _load(None, None, None, "auto", None)
     with _progress() as on_progress:
         chosen = recipe("balanced", denoiser)

@@ -15,6 +15,7 @@ from . import dataset, delta_file, trainer
 from .concept import Concept
 from .delta import Delta
 from .denoiser import Denoiser
+from .errors import AblationError
 from .evaluation import Evaluation, EvaluationSettings, evaluate, roles
 from .files import require_writable
 from .metrics import Judge
@@ -64,9 +65,8 @@ def ablate(
     Raises:
         AblationError: bad input, a folder that cannot be written, a diverged training.
     """
+    check_tasks(tasks)
     concepts = [task.concept for task in tasks]
-    for task in tasks:
-        roles(task.concept, task.surrounding)
     start = time.perf_counter()
     data = dataset.build(
         denoiser,
@@ -80,6 +80,20 @@ def ablate(
     result = trainer.train(denoiser, data, recipe.training, on_progress)
     delta = replace(result.delta.rounded(torch.float16), metadata=header(denoiser, data, recipe))
     return Ablation(delta, result.losses, {"dataset": built - start, "training": result.seconds})
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Raise AblationError if one task would keep, or draw instead, what it or another one removes."""
+    targets = {task.concept.target.casefold() for task in tasks}
+    if len(targets) < len(tasks):
+        raise AblationError("A target is named twice: give each target once.")
+    for task in tasks:
+        for name, role in roles(task.concept, task.surrounding)[1:]:
+            if name.casefold() in targets:
+                wanted = "the anchor of" if role == "anchor" else "to be preserved beside"
+                raise AblationError(
+                    f"'{name}' is {wanted} '{task.concept.target}' and a target itself: take it out of one of the two."
+                )
 
 
 def ablate_and_report(

@@ -24,7 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors makes files that only their owner can read; other programs are meant to load these
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         raise AblationError(_explain(path, error)) from error

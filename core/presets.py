@@ -104,5 +104,6 @@ def _balanced(subset: str | None) -> Recipe:
         learning_rate=_BALANCED_RATES.get(subset, 2e-5),
         batch=16,
         preserve_batch=16,
+        preserve_weight=4.0,
     )
     return Recipe(images, train)

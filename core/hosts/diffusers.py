@@ -163,7 +163,7 @@ def load_denoiser(
         model: a diffusers pipeline folder, a single-file SD 1.x checkpoint (`.safetensors`), a hub id such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", or None for the embedded Emoji Diffusion.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes a GPU if there is one.
-        precision: "auto" computes in bf16 where the hardware has it, otherwise fp32 on CPUs and fp16 on GPUs.
+        precision: "auto" computes in bf16 where the hardware has it, otherwise in fp32; "fp16" is for drawing only.
         prediction_type: "epsilon" or "v_prediction"; None takes what the model says.
 
     Raises:
@@ -182,7 +182,8 @@ def load_denoiser(
     if prediction_type is not None:
         parts = Parts(**{**vars(parts), "schedule": {**parts.schedule, "prediction_type": prediction_type}})
     weights, autocast = _precision(precision, chosen)
-    parts.unet.to(weights)
+    # the plain method: diffusers own only adds a warning about modules that this U-Net does not have
+    nn.Module.to(parts.unet, weights)
     name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
     denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
     if (path / _PROMPTS_FILE).is_file():
@@ -244,10 +245,11 @@ def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch
     if device.type == "cpu":
         fast = precision == "bf16" or (precision == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         return torch.float32, torch.bfloat16 if fast else None
+    if precision == "auto":
+        # not fp16: without loss scaling its gradients would vanish
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp32":
         return torch.float32, None
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     # fp16 holds SD's weights exactly, and autocast brings them to the compute type
     return torch.float16, dtype

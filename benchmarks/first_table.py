@@ -1,0 +1,129 @@
+"""The README's first table: four instances ablated from Emoji Diffusion with the `balanced` preset.
+
+For each task: ten held-out prompts, eight seeds each, before and after; CLIP accuracy by the embedded judge. The
+surrounding concepts are preserved in training; the `unlisted` ones are not known to it and show what happens to
+neighbours that nobody named. The floor is the share of the pretrained model's own anchor pictures that the judge takes
+for the target: an edit that turns the target into the anchor exactly would be given that figure.
+
+    python benchmarks/first_table.py            writes results/first_table.json and the table in README.md
+    python benchmarks/first_table.py --table    only writes the table again from that file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from concept_ablation.core.ablation import Task, ablate
+from concept_ablation.core.concept import Concept
+from concept_ablation.core.evaluation import EvaluationSettings, evaluate
+from concept_ablation.core.files import write_json, write_text
+from concept_ablation.core.hosts.diffusers import load_denoiser
+from concept_ablation.core.metrics import Judge
+from concept_ablation.core.presets import recipe
+from concept_ablation.core.samplers import SampleSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "first_table.json"
+BEGIN, END = "<!-- first_table: made by benchmarks/first_table.py -->", "<!-- /first_table -->"
+EVALUATION = EvaluationSettings(prompts=10, seeds=8, sample=SampleSettings(steps=15))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task: what is ablated, what is preserved, and neighbours that the training does not know of."""
+
+    concept: Concept
+    surrounding: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+
+ROWS = (
+    Row(Concept("tropical fish", "fish"), ("blowfish", "shark", "octopus", "cat"), ("dolphin", "crab")),
+    Row(
+        Concept("pouting cat", "cat"),
+        ("crying cat", "weary cat", "grinning cat", "cat with tears of joy"),
+        ("tiger", "fox"),
+    ),
+    Row(Concept("sunflower", "flower"), ("rose", "tulip", "hibiscus", "cherry blossom"), ("bouquet", "pineapple")),
+    Row(Concept("rooster", "bird"), ("penguin", "eagle", "duck", "owl"), ("dove", "turkey")),
+)
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Ablate one concept and measure all its neighbours."""
+    denoiser, judge = load_denoiser(), Judge.load()
+    made = ablate(denoiser, [Task(row.concept, row.surrounding)], recipe("balanced", denoiser))
+    names = (*row.surrounding, *row.unlisted)
+    found = evaluate(denoiser, made.delta, [row.concept], [names], judge, EVALUATION)
+    return {
+        "target": row.concept.target,
+        "anchor": row.concept.anchor,
+        "surrounding": list(row.surrounding),
+        "unlisted": list(row.unlisted),
+        "seconds": made.seconds | found.seconds,
+        "concepts": {
+            result.name: {"role": result.role, "before": asdict(result.before), "after": asdict(result.after)}
+            for result in found.concepts
+        },
+    }
+
+
+def table(tasks: list[dict[str, Any]]) -> str:
+    """The README's table, Markdown."""
+    lines = [
+        "| ablated → drawn instead | target | floor | surrounding, mean of 4 | kept | unlisted | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in tasks:
+
+        def pair(names: list[str], task: dict[str, Any] = task) -> tuple[float, float]:
+            rows = [task["concepts"][name] for name in names]
+            before, after = (
+                sum(row[when]["clip_accuracy"] for row in rows) / len(rows) for when in ("before", "after")
+            )
+            return before, after
+
+        floor = 1 - pair([task["anchor"]])[0]
+        cells = ["{:.2f} → {:.2f}".format(*pair([task["target"]])), f"{floor:.2f}"]
+        before, after = pair(task["surrounding"])
+        cells += [f"{before:.2f} → {after:.2f}", f"{after / before:.0%}"]
+        cells.append("{:.2f} → {:.2f}".format(*pair(task["unlisted"])))
+        cells.append(f"{task['seconds']['dataset'] + task['seconds']['training']:.0f}")
+        lines.append(f"| {task['target']} → {task['anchor']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(results: dict[str, Any]) -> None:
+    """Put the table between the markers in README.md."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    note = f"Measured on {results['machine']}, {results['images']} images a concept."
+    write_text(readme, f"{head}{BEGIN}\n{table(results['tasks'])}\n\n{note}\n{END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only write the table again")
+    if not parser.parse_args().table:
+        tasks = []
+        for row in ROWS:
+            tasks.append(measure(row))
+            print(table(tasks[-1:]).split("\n")[-1], flush=True)
+        machine = f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+        images = EVALUATION.prompts * EVALUATION.seeds
+        results = {"machine": machine, "images": images, "evaluation": asdict(EVALUATION), "tasks": tasks}
+        write_json(RESULTS, results)
+    write_table(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

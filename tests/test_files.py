@@ -1,0 +1,54 @@
+"""Files appear whole, with ordinary permissions, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from concept_ablation.core.errors import AblationError
+from concept_ablation.core.files import replacing, require_writable, write_json, write_text
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": "é"})
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == '{\n  "x": "é"\n}\n'
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_temporary_name_keeps_the_suffix(tmp_path):
+    with replacing(tmp_path / "new" / "a.png") as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == tmp_path / "new"
+        temporary.write_bytes(b"x")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_a_full_disk_is_one_clear_sentence(tmp_path):
+    with pytest.raises(AblationError, match="disk is full"), replacing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    write_text(tmp_path / "file", "")
+    with pytest.raises(AblationError, match="Cannot write"):
+        require_writable(tmp_path / "file" / "folder")
+    require_writable(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_tensors_are_as_readable_as_any_other_file(tmp_path):
+    with replacing(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": torch.zeros(1)}, temporary)
+    write_text(tmp_path / "b", "")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
