@@ -16,9 +16,8 @@ from concept_ablation.core.files import replacing, require_writable, write_json,
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"x": "é"})
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half", encoding="utf-8")
-        raise RuntimeError
+    with pytest.raises(TypeError), replacing(path) as temporary:
+        temporary.write_bytes(b"half" + None)
     assert path.read_text(encoding="utf-8") == '{\n  "x": "é"\n}\n'
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
