@@ -5,6 +5,7 @@ Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from .core.errors import AblationError
 
@@ -37,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False, emoji=False, soft_wrap=True)
 
 Model = Annotated[
     str | None,
@@ -52,7 +54,9 @@ Surrounding = Annotated[
 ]
 KindOption = Annotated[str, typer.Option(help="instance, style or memorized.")]
 Output = Annotated[Path, typer.Option(help="Folder for the results; created if it does not exist.")]
-Seed = Annotated[int, typer.Option(help="Random seed: the same one gives the same result on the same machine.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Random seed: the same one gives the same result on the same machine.")
+]
 JudgeOption = Annotated[
     str | None,
     typer.Option(
@@ -278,7 +282,7 @@ def main() -> None:
     except AblationError as error:
         _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted: nothing that was half done was kept as finished; run the command again to go on.", 130)
+        code = 130
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             # a usage error of typer, which knows how to print itself
@@ -287,11 +291,14 @@ def main() -> None:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _fail(OUT_OF_MEMORY, 2)
         raise
+    if code == 130:
+        # newer typer returns this code for Ctrl-C, older raises Abort
+        _fail("Interrupted: nothing that was half done was kept as finished; run the command again to go on.", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
     sys.exit(code)
 
 
@@ -339,11 +346,16 @@ def _load_model(model: str | None, device: str | None, precision: str, predictio
 
 def _with_strength(text: str) -> tuple[Path, float]:
     """FILE[:STRENGTH]: what follows the last colon is a strength only if it is a number (C:\\x.safetensors:0.5)."""
-    path, colon, strength = text.rpartition(":")
+    path, colon, number = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
     try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+        strength = float(number)
     except ValueError:
         return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise AblationError(f"The strength of {path} must be a finite number, not {number}.")
+    return Path(path), strength
 
 
 def _require_safetensors(path: Path) -> None:

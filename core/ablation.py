@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import dataset, delta_file, trainer
-from .concept import Concept
+from .concept import Concept, evaluation_prompts
 from .delta import Delta
 from .denoiser import Denoiser
 from .errors import AblationError
@@ -22,6 +22,7 @@ from .metrics import Judge
 from .presets import Recipe
 from .progress import ProgressCallback
 from .report import ReportInputs, delta_info, write_report
+from .subsets import select
 
 DELTA_FILE = "delta.safetensors"
 _MODELSPEC = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2/lora"}
@@ -67,6 +68,7 @@ def ablate(
     """
     check_tasks(tasks)
     concepts = [task.concept for task in tasks]
+    select(recipe.training.subset, denoiser)
     start = time.perf_counter()
     data = dataset.build(
         denoiser,
@@ -110,6 +112,9 @@ def ablate_and_report(
     Raises:
         AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
     """
+    for task in tasks:
+        for name, _ in roles(task.concept, task.surrounding):
+            evaluation_prompts(name, task.concept, denoiser.prompt_source, evaluation.prompts)
     require_writable(output)
     made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
     delta_file.save(made.delta, output / DELTA_FILE)

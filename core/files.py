@@ -49,16 +49,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Create `directory` and prove that a file can be written there, before hours are spent on what goes into it.
+    """Prove that a file can be written in `directory`, which need not exist yet, before hours are spent on what goes
+    into it. Leaves nothing behind: the first file that is written creates the folder.
 
     Raises:
         AblationError: it cannot be created or written.
     """
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     probe = directory / ".write-probe"
-    with replacing(probe) as temporary:
-        temporary.write_bytes(b"")
-    with contextlib.suppress(OSError):
-        probe.unlink()
+    try:
+        with replacing(probe) as temporary:
+            temporary.write_bytes(b"")
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
 
 
 def _explain(path: Path, error: OSError) -> str:

@@ -8,6 +8,7 @@ that ends at the level where sampling stops (usually 0). Equations: Karras et al
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Noise:
 
 
 def timestep_schedule(sigmas: Tensor, steps: int) -> list[float]:
-    """`steps` noise levels at evenly spaced training timesteps, from the noisiest down, then 0.
+    """`steps` noise levels at evenly spaced training timesteps, from the noisiest down, then 0 ("trailing" spacing).
 
     Args:
         sigmas: the model's own levels, ascending, [T].
@@ -64,7 +65,7 @@ def timestep_schedule(sigmas: Tensor, steps: int) -> list[float]:
     """
     if not 1 <= steps <= len(sigmas):
         raise AblationError(f"A sampler takes 1 to {len(sigmas)} steps with this model, not {steps}.")
-    index = torch.linspace(len(sigmas) - 1, 0, steps + 1)[:-1].round().long()
+    index = (torch.arange(steps, 0, -1, dtype=torch.float64) * (len(sigmas) / steps)).round().long() - 1
     return [*sigmas[index].tolist(), 0.0]
 
 
@@ -169,6 +170,8 @@ class SampleSettings:
             raise AblationError(f"The number of sampling steps must be at least 1, not {self.steps}.")
         if not 0.0 <= self.eta <= 1.0:
             raise AblationError(f"eta must lie between 0 and 1, not {self.eta}.")
+        if not math.isfinite(self.guidance):
+            raise AblationError(f"The guidance scale must be a finite number, not {self.guidance}.")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from concept_ablation.core.delta import Delta, LayerDelta, LowRank
 from concept_ablation.core.subsets import select
 
 PAIR = ["--target", "tropical fish", "--anchor", "fish"]
-SMALL = ["--preset", "paper", "--images", "2", "--steps", "2", "--batch", "2"]
+SMALL = ["--preset", "paper", "--images", "1", "--steps", "2", "--batch", "1"]
 ONE = ["--eval-prompts", "1", "--eval-seeds", "1"]
 
 
@@ -285,7 +285,7 @@ def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     assert listing(made) == files | {"dataset/manifest.json", "dataset/shard-00000.safetensors"}
     summary = check_summary(made, made / "delta.safetensors", ["shark"])
     assert {"dataset", "training", "draw before", "draw after", "judge"} <= summary["seconds"].keys()
-    assert summary["settings"]["training"]["steps"] == 2 and summary["settings"]["dataset"]["images"] == 2
+    assert summary["settings"]["training"]["steps"] == 2 and summary["settings"]["dataset"]["images"] == 1
     assert summary["settings"]["training"]["seed"] == summary["settings"]["dataset"]["seed"] == 3
     assert "tropical fish" in (made / "report.html").read_text("utf-8")
     for name in ("before_after.png", "loss.png"):

@@ -56,6 +56,9 @@ def test_images_come_from_the_stated_prompts_and_seeds_with_the_delta_on_only_af
     # bf16 kernels may round differently in another batch size
     assert np.abs(owl.images_before[1, 1].astype(int) - alone).mean() < 3
     assert np.abs(owl.images_after[1, 1].astype(int) - alone).mean() > 10
+    with delta.attach(emoji):
+        edited = draw_images(emoji, [prompts[1]], [1], SETTINGS.sample)[0]
+    assert np.abs(owl.images_after[1, 1].astype(int) - edited).mean() < 3
     assert not any(module._forward_hooks for module in emoji.network.modules())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -107,7 +108,7 @@ class DiffusersDenoiser(Denoiser):
         # zero terminal SNR would make the last sigma infinite; the clamp is a sigma of about 4,500
         alphas = alphas.clamp(min=5e-8)
         self.sigmas = ((1 - alphas) / alphas).sqrt().float()
-        self._log_sigmas = self.sigmas.double().log().to(device)
+        self._log_sigmas = self.sigmas.log().to(device)
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         scale = sigma.view(-1, 1, 1, 1)
@@ -128,7 +129,7 @@ class DiffusersDenoiser(Denoiser):
         tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self._tokenizer.model_max_length,
+            max_length=min(self._tokenizer.model_max_length, self.text_network.config.max_position_embeddings),
             truncation=True,
             return_tensors="pt",
         ).input_ids
@@ -136,7 +137,7 @@ class DiffusersDenoiser(Denoiser):
 
     def _timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) timestep of each sigma: linear between the table's log sigmas, exact on the table."""
-        log_sigma = sigma.double().log()
+        log_sigma = sigma.log()
         high = torch.searchsorted(self._log_sigmas, log_sigma).clamp(1, len(self._log_sigmas) - 1)
         low_value, high_value = self._log_sigmas[high - 1], self._log_sigmas[high]
         timestep = high - 1 + ((log_sigma - low_value) / (high_value - low_value)).clamp(0, 1)
@@ -169,7 +170,8 @@ def load_denoiser(
     Raises:
         AblationError: the model is missing, damaged, of another architecture, or its folder lacks a part.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
+    weights, autocast = _precision(precision, chosen)
     path = EMBEDDED_MODEL if model is None else Path(model)
     if path.is_file():
         parts = _from_single_file(path)
@@ -181,7 +183,6 @@ def load_denoiser(
         raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
     if prediction_type is not None:
         parts = Parts(**{**vars(parts), "schedule": {**parts.schedule, "prediction_type": prediction_type}})
-    weights, autocast = _precision(precision, chosen)
     # the plain method: diffusers own only adds a warning about modules that this U-Net does not have
     nn.Module.to(parts.unet, weights)
     name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
@@ -189,9 +190,24 @@ def load_denoiser(
     if (path / _PROMPTS_FILE).is_file():
         denoiser.prompt_source = load_prompt_source(path / _PROMPTS_FILE)
     if (path / _HINTS_FILE).is_file():
-        hints = json.loads((path / _HINTS_FILE).read_text(encoding="utf-8"))
-        denoiser.learning_rate_scale = float(hints["learning_rate_scale"])
+        denoiser.learning_rate_scale = _learning_rate_scale(path / _HINTS_FILE)
     return denoiser
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AblationError(f"There is no device '{name}' here: choose cpu, or a GPU that PyTorch can use.") from error
+    return device
+
+
+def _learning_rate_scale(path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["learning_rate_scale"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AblationError(f"{path} is damaged: get the model again, or delete that file.") from error
 
 
 def _from_folder(location: str, folder: Path | None) -> Parts:
@@ -201,14 +217,19 @@ def _from_folder(location: str, folder: Path | None) -> Parts:
             raise AblationError(f"{location} holds a {index}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported.")
         options = {"use_safetensors": True, "local_files_only": folder is not None}
         vae_class = AutoencoderTiny if _class_name(location, "vae") == "AutoencoderTiny" else AutoencoderKL
-        return Parts(
+        parts = Parts(
             unet=UNet2DConditionModel.from_pretrained(location, subfolder="unet", **options),
             text_encoder=CLIPTextModel.from_pretrained(location, subfolder="text_encoder", **options).float(),
             tokenizer=CLIPTokenizer.from_pretrained(location, subfolder="tokenizer"),
             vae=vae_class.from_pretrained(location, subfolder="vae", **options).float(),
             schedule=DDPMScheduler.load_config(location, subfolder="scheduler"),
         )
-    except (OSError, ValueError, json.JSONDecodeError, KeyError) as error:
+        DDPMScheduler.from_config(dict(parts.schedule))
+        # transformers makes an empty tokenizer of a folder without its files
+        if len(parts.tokenizer) < parts.text_encoder.config.vocab_size:
+            raise OSError("the tokenizer has fewer words than the text encoder")
+        return parts
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         where = "check the folder" if folder is not None else "check the name and the network, or give a local folder"
         raise AblationError(f"Cannot load the model {location} ({reason}): {where}.") from error
