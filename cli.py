@@ -338,6 +338,9 @@ def _load(
 
 
 def _load_model(model: str | None, device: str | None, precision: str, prediction: str | None) -> DiffusersDenoiser:
+    if model is None:
+        # nothing is downloaded for the embedded model, and its bars flash by
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with console.status("Loading the model"):
         from .core.hosts.diffusers import load_denoiser
 
