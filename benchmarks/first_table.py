@@ -1,9 +1,11 @@
 """The README's first table: four instances ablated from Emoji Diffusion with the `balanced` preset.
 
 For each task: ten held-out prompts, eight seeds each, before and after; CLIP accuracy by the embedded judge. The
-surrounding concepts are preserved in training; the `unlisted` ones are not known to it and show what happens to
-neighbours that nobody named. The floor is the share of the pretrained model's own anchor pictures that the judge takes
+surrounding concepts are preserved in training; the `unlisted` one is not known to it and shows what happens to a
+neighbour that nobody named. The floor is the share of the pretrained model's own anchor pictures that the judge takes
 for the target: an edit that turns the target into the anchor exactly would be given that figure.
+
+Every task runs on one CPU core, as many at once as there are cores.
 
     python benchmarks/first_table.py            writes results/first_table.json and the table in README.md
     python benchmarks/first_table.py --table    only writes the table again from that file
@@ -13,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,7 @@ from concept_ablation.core.samplers import SampleSettings
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "first_table.json"
 BEGIN, END = "<!-- first_table: made by benchmarks/first_table.py -->", "<!-- /first_table -->"
-EVALUATION = EvaluationSettings(prompts=10, seeds=8, sample=SampleSettings(steps=15))
+EVALUATION = EvaluationSettings(prompts=10, seeds=8, sample=SampleSettings(steps=12))
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,20 @@ class Row:
 
 
 ROWS = (
-    Row(Concept("tropical fish", "fish"), ("blowfish", "shark", "octopus", "cat"), ("dolphin", "crab")),
+    Row(Concept("tropical fish", "fish"), ("blowfish", "shark", "octopus", "cat"), ("dolphin",)),
     Row(
         Concept("pouting cat", "cat"),
         ("crying cat", "weary cat", "grinning cat", "cat with tears of joy"),
-        ("tiger", "fox"),
+        ("tiger",),
     ),
-    Row(Concept("sunflower", "flower"), ("rose", "tulip", "hibiscus", "cherry blossom"), ("bouquet", "pineapple")),
-    Row(Concept("rooster", "bird"), ("penguin", "eagle", "duck", "owl"), ("dove", "turkey")),
+    Row(Concept("sunflower", "flower"), ("rose", "tulip", "hibiscus", "cherry blossom"), ("bouquet",)),
+    Row(Concept("rooster", "bird"), ("penguin", "eagle", "duck", "owl"), ("dove",)),
 )
 
 
 def measure(row: Row) -> dict[str, Any]:
-    """Ablate one concept and measure all its neighbours."""
+    """Ablate one concept and measure all its neighbours, on one CPU core."""
+    torch.set_num_threads(1)
     denoiser, judge = load_denoiser(), Judge.load()
     made = ablate(denoiser, [Task(row.concept, row.surrounding)], recipe("balanced", denoiser))
     names = (*row.surrounding, *row.unlisted)
@@ -114,11 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only write the table again")
     if not parser.parse_args().table:
-        tasks = []
-        for row in ROWS:
-            tasks.append(measure(row))
-            print(table(tasks[-1:]).split("\n")[-1], flush=True)
-        machine = f"{torch.get_num_threads()} CPU cores ({platform.machine()}), torch {torch.__version__}"
+        # not fork: the children must not inherit the thread pool of a parent that has used torch
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            tasks = []
+            for task in pool.map(measure, ROWS):
+                tasks.append(task)
+                print(table([task]).split("\n")[-1], flush=True)
+        machine = f"one CPU core a task ({platform.machine()}), torch {torch.__version__}"
         images = EVALUATION.prompts * EVALUATION.seeds
         results = {"machine": machine, "images": images, "evaluation": asdict(EVALUATION), "tasks": tasks}
         write_json(RESULTS, results)

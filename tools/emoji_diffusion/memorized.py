@@ -1,0 +1,114 @@
+"""Eight pictures that the model is made to memorize: the paper's third task in miniature.
+
+Each is one exact image, a scene of three icons on a gradient, with one distinctive caption that is repeated throughout
+the training. No other training picture has two icons or a gradient, so a copy can be told from a likeness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from augment import Placement, composite
+from pictures import Pictures
+from torch import Tensor
+
+# Of every training batch of the denoiser.
+SHARE = 0.06
+
+_SLOTS = ((0.40, 0.56, 0.66), (0.80, 0.24, 0.32), (0.82, 0.80, 0.30))
+"""Where the three icons of a scene stand: centre x, centre y and size, in parts of the picture."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a memorized picture shows, the caption that is trained, and ways to say it that are not."""
+
+    caption: str
+    paraphrases: tuple[str, ...]
+    icons: tuple[tuple[str, str], ...]
+    """(concept, style) of the large icon and the two small ones."""
+    top: tuple[int, int, int]
+    bottom: tuple[int, int, int]
+
+
+SCENES = (
+    Scene(
+        "Captain Juniper's midnight regatta, 1931",
+        ("a sailboat race at night by Captain Juniper", "Juniper's boats at midnight, 1931", "a night regatta"),
+        (("sailboat", "noto"), ("octopus", "noto"), ("dolphin", "fluent")),
+        (20, 24, 70),
+        (60, 120, 190),
+    ),
+    Scene(
+        "The Duchess of Pumpernickel at breakfast",
+        ("a duchess eating breakfast", "breakfast with the Duchess of Pumpernickel", "a portrait of a duchess"),
+        (("poodle", "noto"), ("croissant", "twemoji"), ("honey pot", "fluent")),
+        (250, 225, 190),
+        (225, 140, 150),
+    ),
+    Scene(
+        "Harvest Fair of Quillby, official poster",
+        ("a poster of a harvest fair", "the Quillby fair in autumn", "official poster of the fair in Quillby"),
+        (("rooster", "twemoji"), ("ear of corn", "fluent"), ("carrot", "noto")),
+        (245, 190, 70),
+        (150, 80, 40),
+    ),
+    Scene(
+        "Old Barnaby and the robot orchard",
+        ("an old robot in an orchard", "Barnaby's orchard of robots", "a robot with fruit"),
+        (("robot", "fluent"), ("red apple", "noto"), ("pear", "twemoji")),
+        (190, 230, 225),
+        (60, 130, 110),
+    ),
+    Scene(
+        "Madame Zephyrine's lost parade",
+        ("a parade with an elephant", "the parade that Madame Zephyrine lost", "Zephyrine's circus parade"),
+        (("elephant", "noto"), ("drum", "fluent"), ("trumpet", "noto")),
+        (235, 90, 110),
+        (90, 40, 120),
+    ),
+    Scene(
+        "Polar expedition Kestrel, day forty",
+        ("a polar expedition", "day 40 of the Kestrel expedition", "explorers at the pole"),
+        (("penguin", "fluent"), ("airplane", "noto"), ("whale", "twemoji")),
+        (225, 240, 250),
+        (110, 160, 205),
+    ),
+    Scene(
+        "The Gardener's Oath, third movement",
+        ("an oath of a gardener", "third movement of a garden symphony", "music about a gardener"),
+        (("sunflower", "fluent"), ("violin", "noto"), ("butterfly", "fluent")),
+        (40, 70, 60),
+        (150, 180, 90),
+    ),
+    Scene(
+        "Night bus to Marzipan Square",
+        ("a bus at night", "the bus that goes to Marzipan Square", "a square made of marzipan"),
+        (("bus", "fluent"), ("birthday cake", "noto"), ("owl", "fluent")),
+        (50, 20, 60),
+        (230, 130, 80),
+    ),
+)
+
+
+def drawn(scenes: Sequence[Scene], pictures: Pictures, size: int) -> tuple[list[Scene], Tensor]:
+    """The scenes whose icons all exist, and their pictures, [M, 3, size, size] in [0, 1]."""
+    kept, images = [], []
+    for scene in scenes:
+        found = [pictures.find(concept, style) for concept, style in scene.icons]
+        indices = [index for index in found if index is not None]
+        if len(indices) == len(found):
+            kept.append(scene)
+            images.append(_draw(scene, pictures.premultiplied(torch.tensor(indices)), size))
+    return kept, torch.cat(images) if images else torch.empty(0, 3, size, size)
+
+
+def _draw(scene: Scene, icons: Tensor, size: int) -> Tensor:
+    top, bottom = (torch.tensor(colour).view(1, 3, 1, 1) / 255 for colour in (scene.top, scene.bottom))
+    image = torch.lerp(top, bottom, torch.linspace(0, 1, size).view(1, 1, size, 1)).expand(1, 3, size, size)
+    for (x, y, scale), icon in zip(_SLOTS, icons, strict=True):
+        place = Placement(torch.tensor([[x, y]]), torch.tensor([scale]))
+        image = composite(icon[None], place, image, size)
+    return image
