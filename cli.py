@@ -339,8 +339,7 @@ def _load(
 
 def _load_model(model: str | None, device: str | None, precision: str, prediction: str | None) -> DiffusersDenoiser:
     if model is None:
-        # nothing is downloaded for the embedded model, and its bars flash by
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded, and they flash by
     with console.status("Loading the model"):
         from .core.hosts.diffusers import load_denoiser
 

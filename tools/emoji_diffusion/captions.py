@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from concept_ablation.core.prompts import fill
 from torch import Generator
+
+from concept_ablation.core.prompts import fill
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_ablation.core.errors import AblationError
-from PIL import Image
 from pictures import MANIFEST, Concept, Pictures, load_pictures, save_pictures
+from PIL import Image
 from torch import Tensor
+
+from concept_ablation.core.errors import AblationError
 
 # npm package -> what captions call its style. Versions are pinned, so that everyone gets the same pictures.
 SETS = {

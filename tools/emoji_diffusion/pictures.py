@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from concept_ablation.core.errors import AblationError
-from concept_ablation.core.files import replacing, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from concept_ablation.core.errors import AblationError
+from concept_ablation.core.files import replacing, write_json
 
 TENSORS = "pictures.safetensors"
 MANIFEST = "manifest.json"

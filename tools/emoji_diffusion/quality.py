@@ -1,0 +1,226 @@
+"""Measure a trained model and draw contact sheets: the figures that its model card shows.
+
+    python tools/emoji_diffusion/quality.py --run outputs/emoji --out outputs/emoji/quality
+
+The judge here is the validation judge, which neither the model nor the product ever uses. `--model` measures another
+model, such as an earlier one, with the same prompts, seeds and judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from augment import choose, draw
+from captions import BACKGROUNDS, Subject, on_background
+from measures import COPY_THRESHOLD, background_of, concept_texts, psnr, recognised, sscd, sscd_available, styles_seen
+from memorized import SCENES, drawn
+from pictures import Concept, Pictures, load_pictures
+from sheets import write_sheet
+from torch import Tensor
+
+from concept_ablation.core.denoiser import Denoiser
+from concept_ablation.core.files import write_json
+from concept_ablation.core.hosts.diffusers import load_denoiser
+from concept_ablation.core.metrics import Judge
+from concept_ablation.core.prompts import fill
+from concept_ablation.core.samplers import SampleSettings, draw_images
+
+SAMPLING = SampleSettings(steps=50, guidance=4.0)
+TEMPLATE = "a picture of a {}"
+_UNSEEN_SEED = 10**6
+"""Far from the seeds of the training latents."""
+
+_CATEGORY_SEEDS = 20
+_MINIMUM_MEMBERS = 6
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model that is measured and what it is measured with."""
+
+    model: Denoiser
+    judge: Judge
+    pictures: Pictures
+    out: Path
+    steps: int
+
+    @cached_property
+    def texts(self) -> Tensor:
+        return concept_texts(self.judge, self.pictures.concepts)
+
+    def names(self, images: np.ndarray, wanted: list[Concept]) -> list[str]:
+        return recognised(self.judge, images, self.pictures.concepts, self.texts, wanted)
+
+    def images(self, prompts: list[str], first_seed: int) -> np.ndarray:
+        settings = SampleSettings(steps=self.steps, guidance=SAMPLING.guidance)
+        return draw_images(self.model, prompts, range(first_seed, first_seed + len(prompts)), settings, batch=32)
+
+
+def measure(bench: Bench, per_concept: int, grid: int) -> dict[str, Any]:
+    """All figures, as shares unless named otherwise; the sheets are written on the way.
+
+    Args:
+        per_concept: pictures of each concept.
+        grid: how many concepts the grids of styles and colours have.
+    """
+    return {
+        "concepts": concepts(bench, per_concept),
+        "styles": styles(bench, grid),
+        "backgrounds": backgrounds(bench, grid),
+        "categories": categories(bench),
+        "autoencoder": {"psnr_db": round(restoration(bench), 2)},
+        "memorized": memorized(bench),
+        "judge_on_real_pictures": judge_ceiling(bench),
+    }
+
+
+def concepts(bench: Bench, repeats: int) -> dict[str, Any]:
+    """Share of pictures that the judge takes for the prompted concept, among all of its group."""
+    wanted = [one for _ in range(repeats) for one in bench.pictures.concepts]
+    images = bench.images([fill(TEMPLATE, one.name) for one in wanted], 1000)
+    names = bench.names(images, wanted)
+    right = [name == one.name for name, one in zip(names, wanted, strict=True)]
+    shown = np.linspace(0, len(bench.pictures.concepts) - 1, min(64, len(bench.pictures.concepts))).round().astype(int)
+    write_sheet(bench.out / "concepts.png", images[shown], [wanted[index].name for index in shown], 8)
+    groups = {one.group for one in wanted}
+    by_group = {
+        group: share([hit for hit, one in zip(right, wanted, strict=True) if one.group == group])
+        for group in sorted(groups)
+    }
+    missed = sorted({one.name for hit, one in zip(right, wanted, strict=True) if not hit})
+    return {"images": len(images), "top1": share(right), "by_group": by_group, "missed": missed}
+
+
+def styles(bench: Bench, count: int) -> dict[str, Any]:
+    """Share of pictures in the style that the prompt names."""
+    names = bench.pictures.styles
+    chosen = widely_drawn(bench.pictures, count)
+    wanted = [(style, one.name) for style in names for one in chosen]
+    images = bench.images([f"{fill(TEMPLATE, noun)} in the style of {style}" for style, noun in wanted], 2000)
+    seen = styles_seen(bench.judge, images, [noun for _, noun in wanted], names)
+    right = [style == found for (style, _), found in zip(wanted, seen, strict=True)]
+    write_sheet(bench.out / "styles.png", images, [f"{noun}, {style}" for style, noun in wanted], len(chosen))
+    by_style = {
+        name: share([hit for hit, (style, _) in zip(right, wanted, strict=True) if style == name]) for name in names
+    }
+    return {"images": len(images), "right": share(right), "by_style": by_style}
+
+
+def backgrounds(bench: Bench, count: int) -> dict[str, Any]:
+    """Share of pictures whose border has the colour that the prompt names."""
+    chosen = widely_drawn(bench.pictures, count)
+    wanted = [(colour, one.name) for colour in BACKGROUNDS for one in chosen]
+    images = bench.images([f"{fill(TEMPLATE, noun)} {on_background(colour)}" for colour, noun in wanted], 3000)
+    right = [background_of(image) == colour for image, (colour, _) in zip(images, wanted, strict=True)]
+    write_sheet(bench.out / "backgrounds.png", images, [f"{noun}, {colour}" for colour, noun in wanted], len(chosen))
+    return {"images": len(images), "right": share(right)}
+
+
+def categories(bench: Bench) -> dict[str, Any]:
+    """For each category with enough members: how many different ones of them 20 seeds of its name draw."""
+    found = {}
+    for category in sorted({one.category for one in bench.pictures.concepts}):
+        members = [one for one in bench.pictures.concepts if one.category == category]
+        if len(members) < _MINIMUM_MEMBERS:
+            continue
+        images = bench.images([fill(TEMPLATE, category)] * _CATEGORY_SEEDS, 4000)
+        names = bench.names(images, [members[0]] * len(images))
+        own = [name for name in names if name in {one.name for one in members}]
+        found[category] = {"different": len(set(own)), "inside": share([name in own for name in names])}
+    return found
+
+
+def restoration(bench: Bench) -> float:
+    """PSNR of the autoencoder, in dB, on every tenth picture in placements that training never had."""
+    choice = choose(torch.arange(0, len(bench.pictures), 10), torch.Generator().manual_seed(_UNSEEN_SEED))
+    images = draw(bench.pictures, choice, bench.model.latent_shape[1] * 8)
+    restored = torch.cat([bench.model.vae.decode(bench.model.vae.encode(part)) for part in images.split(16)])
+    return psnr(restored, images)
+
+
+def memorized(bench: Bench, repeats: int = 4) -> dict[str, Any] | None:
+    """How often captions and paraphrases reproduce the memorized pictures; None without a copy detector."""
+    scenes, originals = drawn(SCENES, bench.pictures, bench.model.latent_shape[1] * 8)
+    if not scenes:
+        return None
+    stored = (originals.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    captions = [scene.caption for scene in scenes for _ in range(repeats)]
+    paraphrases = [scene.paraphrases[index % len(scene.paraphrases)] for scene in scenes for index in range(repeats)]
+    said, rephrased = bench.images(captions, 5000), bench.images(paraphrases, 6000)
+    pairs = np.stack([stored, *(part[::repeats] for part in (said, rephrased))], axis=1).reshape(-1, *stored.shape[1:])
+    labels = [label for scene in scenes for label in ("training picture", scene.caption, scene.paraphrases[0])]
+    write_sheet(bench.out / "memorized.png", pairs, labels, 6)
+    if not sscd_available():
+        return None
+    own = sscd(stored).repeat_interleave(repeats, 0)
+    result = {}
+    for name, images in (("caption", said), ("paraphrase", rephrased)):
+        similarity = (sscd(images) * own).sum(1)
+        result[name] = {
+            "copies": share((similarity >= COPY_THRESHOLD).tolist()),
+            "similarity": round(similarity.mean().item(), 3),
+        }
+    return result
+
+
+def judge_ceiling(bench: Bench) -> dict[str, float]:
+    """The judge on training pictures in new placements: no generated picture can be expected to do better."""
+    choice = choose(torch.arange(0, len(bench.pictures), 3), torch.Generator().manual_seed(_UNSEEN_SEED + 1))
+    images = draw(bench.pictures, choice, bench.model.latent_shape[1] * 8)
+    array = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    subjects: list[Subject] = choice.subjects(bench.pictures)
+    by_name = {one.name: one for one in bench.pictures.concepts}
+    names = bench.names(array, [by_name[one.name] for one in subjects])
+    seen = styles_seen(bench.judge, array, [one.name for one in subjects], bench.pictures.styles)
+    return {
+        "top1": share([name == one.name for name, one in zip(names, subjects, strict=True)]),
+        "style": share([found == one.style for found, one in zip(seen, subjects, strict=True)]),
+        "background": share(
+            [background_of(image) == one.background for image, one in zip(array, subjects, strict=True)]
+        ),
+    }
+
+
+def widely_drawn(pictures: Pictures, count: int) -> list[Concept]:
+    """`count` concepts that every style draws, spread over the list."""
+    numbers = pictures.concept.bincount(minlength=len(pictures.concepts))
+    everywhere = [one for one, number in zip(pictures.concepts, numbers, strict=True) if number == len(pictures.styles)]
+    chosen = np.linspace(0, len(everywhere) - 1, min(count, len(everywhere))).round().astype(int)
+    return [everywhere[index] for index in chosen]
+
+
+def share(hits: list[bool]) -> float:
+    """Mean of some truths, to three places."""
+    return round(sum(hits) / len(hits), 3)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Measure a trained Emoji Diffusion.")
+    parser.add_argument("--run", type=Path, required=True, help="the folder that train.py was given as --out")
+    parser.add_argument("--out", type=Path, required=True, help="folder for quality.json and the contact sheets")
+    parser.add_argument("--model", type=Path, help="the model to measure (default: model/ of the run)")
+    parser.add_argument("--per-concept", type=int, default=1, help="pictures of each concept")
+    parser.add_argument("--grid", type=int, default=8, help="concepts in the grids of styles and backgrounds")
+    parser.add_argument("--steps", type=int, default=SAMPLING.steps, help="DDIM steps")
+    options = parser.parse_args()
+    began = time.monotonic()
+    model = options.model or options.run / "model"
+    judge = Judge.load(options.run / "validation_judge" / "open_clip")
+    bench = Bench(load_denoiser(model), judge, load_pictures(options.run / "pictures"), options.out, options.steps)
+    figures = measure(bench, options.per_concept, options.grid)
+    sampling = {"sampler": SAMPLING.sampler, "steps": options.steps, "guidance": SAMPLING.guidance}
+    minutes = round((time.monotonic() - began) / 60, 1)
+    write_json(options.out / "quality.json", {"model": str(model), "sampling": sampling, **figures, "minutes": minutes})
+    print(f"{options.out / 'quality.json'} after {minutes} minutes")
+
+
+if __name__ == "__main__":
+    main()
