@@ -44,7 +44,8 @@ def state(denoiser):
 def test_every_objective_moves_every_subset(tiny, data, target_data, objective, subset):
     before = state(tiny)
     chosen = target_data if objective in TARGET_IMAGES else data
-    result = train(tiny, chosen, replace(TRAIN, objective=objective, subset=subset, regularization=0.5, flip=True))
+    settings = replace(TRAIN, learning_rate=1e-3, objective=objective, subset=subset, regularization=0.5, flip=True)
+    result = train(tiny, chosen, settings)
     assert len(result.losses) == 4 and result.delta.norm() > 1e-3
     assert state(tiny) == before
     assert not any(tensor.requires_grad for layer in result.delta.layers.values() for tensor in layer.tensors())
