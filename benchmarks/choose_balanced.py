@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -55,12 +56,8 @@ def accuracies(
         for prompt in evaluation_prompts(name, concept, denoiser.prompt_source, PROMPTS)
         for seed in SEEDS
     ]
-    attachment = None if delta is None else delta.attach(denoiser)
-    try:
+    with nullcontext() if delta is None else delta.attach(denoiser):
         images = draw_images(denoiser, [p for p, _ in requests], [s for _, s in requests], SAMPLE)
-    finally:
-        if attachment is not None:
-            attachment.detach()
     embedded = judge.embed_images(images).chunk(len(names))
     texts = [judge.embed_concept(judge_texts(name, concept)) for name in names]
     return [clip_accuracy(image, text, other) for image, text in zip(embedded, texts, strict=True)]

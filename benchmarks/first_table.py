@@ -88,22 +88,26 @@ def table(tasks: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in tasks:
-
-        def pair(names: list[str], task: dict[str, Any] = task) -> tuple[float, float]:
-            rows = [task["concepts"][name] for name in names]
-            before, after = (
-                sum(row[when]["clip_accuracy"] for row in rows) / len(rows) for when in ("before", "after")
-            )
-            return before, after
-
-        floor = 1 - pair([task["anchor"]])[0]
-        cells = ["{:.2f} → {:.2f}".format(*pair([task["target"]])), f"{floor:.2f}"]
-        before, after = pair(task["surrounding"])
-        cells += [f"{before:.2f} → {after:.2f}", f"{after / before:.0%}"]
-        cells.append("{:.2f} → {:.2f}".format(*pair(task["unlisted"])))
-        cells.append(f"{task['seconds']['dataset'] + task['seconds']['training']:.0f}")
-        lines.append(f"| {task['target']} → {task['anchor']} | " + " | ".join(cells) + " |")
+        (target, edited), (anchor, _) = mean_accuracy(task, [task["target"]]), mean_accuracy(task, [task["anchor"]])
+        before, after = mean_accuracy(task, task["surrounding"])
+        cells = [
+            f"{task['target']} → {task['anchor']}",
+            f"{target:.2f} → {edited:.2f}",
+            f"{1 - anchor:.2f}",
+            f"{before:.2f} → {after:.2f}",
+            f"{after / before:.0%}",
+            "{:.2f} → {:.2f}".format(*mean_accuracy(task, task["unlisted"])),
+            f"{task['seconds']['dataset'] + task['seconds']['training']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_accuracy(task: dict[str, Any], names: list[str]) -> tuple[float, float]:
+    """Mean CLIP accuracy of some concepts of a task, before and after."""
+    rows = [task["concepts"][name] for name in names]
+    before, after = (sum(row[when]["clip_accuracy"] for row in rows) / len(rows) for when in ("before", "after"))
+    return before, after
 
 
 def write_table(results: dict[str, Any]) -> None:

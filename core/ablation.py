@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from . import dataset, delta_file, trainer
-from .concept import Concept, evaluation_prompts
+from .concept import Concept
 from .delta import Delta
 from .denoiser import Denoiser
 from .errors import AblationError
-from .evaluation import Evaluation, EvaluationSettings, evaluate, roles
+from .evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs, roles
 from .files import require_writable
 from .metrics import Judge
 from .presets import Recipe
@@ -112,21 +112,12 @@ def ablate_and_report(
     Raises:
         AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
     """
-    for task in tasks:
-        for name, _ in roles(task.concept, task.surrounding):
-            evaluation_prompts(name, task.concept, denoiser.prompt_source, evaluation.prompts)
+    concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
+    make_jobs(denoiser, concepts, surrounding, evaluation)
     require_writable(output)
     made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
     delta_file.save(made.delta, output / DELTA_FILE)
-    found = evaluate(
-        denoiser,
-        made.delta,
-        [task.concept for task in tasks],
-        [task.surrounding for task in tasks],
-        judge,
-        evaluation,
-        on_progress,
-    )
+    found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress)
     write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
 

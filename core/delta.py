@@ -163,9 +163,9 @@ def contribution(module: nn.Module, x: Tensor, layer: LayerDelta) -> Tensor:
     Raises:
         TypeError: the module is of a type that no delta can edit.
     """
-    layer = layer.map(lambda tensor: tensor.to(x.device))
-    if x.is_floating_point():
-        layer = layer.map(lambda tensor: tensor.to(x.dtype))
+    # token ids have no precision to follow
+    dtype = x.dtype if x.is_floating_point() else None
+    layer = layer.map(lambda tensor: tensor.to(x.device, dtype))
     weight, bias = layer.weight, layer.bias
     if isinstance(module, nn.Linear):
         if isinstance(weight, LowRank):

@@ -76,7 +76,9 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """What an evaluation draws for one name."""
+
     name: str
     role: Role
     concept: Concept
@@ -110,11 +112,7 @@ def evaluate(
         AblationError: too few held-out prompts, a surrounding name that is the target or the anchor, or
             IncompatibleDelta.
     """
-    jobs = [
-        _Job(name, role, concept, evaluation_prompts(name, concept, denoiser.prompt_source, settings.prompts))
-        for concept, names in zip(concepts, surrounding, strict=True)
-        for name, role in roles(concept, names)
-    ]
+    jobs = make_jobs(denoiser, concepts, surrounding, settings)
     seeds = tuple(range(settings.first_seed, settings.first_seed + settings.seeds))
     start = time.perf_counter()
     before = _draw(denoiser, jobs, seeds, settings, "Drawing before", on_progress)
@@ -144,6 +142,24 @@ def evaluate(
     return Evaluation(results, judge.name, seconds, asdict(settings))
 
 
+def make_jobs(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
+    settings: EvaluationSettings,
+) -> list[Job]:
+    """Everything that `evaluate` will draw. Costs nothing, so that a long run can find bad input before it begins.
+
+    Raises:
+        AblationError: too few held-out prompts, or a surrounding name that is the target or the anchor.
+    """
+    return [
+        Job(name, role, concept, evaluation_prompts(name, concept, denoiser.prompt_source, settings.prompts))
+        for concept, names in zip(concepts, surrounding, strict=True)
+        for name, role in roles(concept, names)
+    ]
+
+
 def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]]:
     """The names that an evaluation of `concept` draws, each with its part in it.
 
@@ -161,7 +177,7 @@ def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]
 
 def _draw(
     denoiser: Denoiser,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     seeds: Sequence[int],
     settings: EvaluationSettings,
     phase: str,
@@ -182,7 +198,7 @@ def _draw(
     return [part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, parts, strict=True)]
 
 
-def _judge(judge: Judge, job: _Job, images: np.ndarray) -> ClipMetrics:
+def _judge(judge: Judge, job: Job, images: np.ndarray) -> ClipMetrics:
     embedded = judge.embed_images(images.reshape(-1, *images.shape[2:]))
     other = job.concept.target if job.role == "anchor" else job.concept.anchor
     concept = _embed(judge, job.name, job.concept)

@@ -115,7 +115,6 @@ def train(
             f"{dataset.settings.source}: build a dataset for that objective."
         )
     start = time.perf_counter()
-    torch.manual_seed(settings.seed)
     delta = trainable(empty_delta(settings.subset, denoiser, dataset.concepts), settings.subset)
     parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)

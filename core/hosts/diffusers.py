@@ -33,7 +33,7 @@ _TOKEN_EMBEDDING = "text_encoders.clip_l.transformer.text_model.embeddings.token
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PROMPTS_FILE = "prompts.json"
 _HINTS_FILE = "ablation_hints.json"
-_SD1_SCHEDULE: dict[str, Any] = {
+SD1_SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -256,7 +256,7 @@ def _from_single_file(path: Path) -> Parts:
         module.load_state_dict(state)
     # the BPE vocabulary of CLIP-L, which every SD 1.x model uses, is in the embedded model
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
-    return Parts(unet, text_encoder, tokenizer, vae, {**_SD1_SCHEDULE, "prediction_type": file.prediction_type})
+    return Parts(unet, text_encoder, tokenizer, vae, {**SD1_SCHEDULE, "prediction_type": file.prediction_type})
 
 
 def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:

@@ -18,15 +18,9 @@ from stage import Budget, Loss, Stage, train
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
+from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, SD1_SCHEDULE
 
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-}
+SCHEDULE = {**SD1_SCHEDULE, "prediction_type": "epsilon"}
 _MIN_SNR = 5.0
 
 
