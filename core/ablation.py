@@ -25,7 +25,11 @@ from .report import ReportInputs, delta_info, write_report
 from .subsets import select
 
 DELTA_FILE = "delta.safetensors"
-_MODELSPEC = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2/lora"}
+_MODELSPEC = {
+    "sd1": "stable-diffusion-v1/lora",
+    "sd2": "stable-diffusion-v2/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
+}
 
 
 @dataclass(frozen=True)

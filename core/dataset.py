@@ -161,7 +161,9 @@ def build(
         if shard is None:
             prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
             seeds = [_row_seed(settings.seed, row) for row in rows]
-            shard = sample_latents(denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance()).cpu()
+            shard = sample_latents(
+                denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance(latents=step.denoised)
+            ).cpu()
             # fp16 also in memory, so that a dataset is the same whether or not it went through a file
             shard = shard.half()
             if path is not None:

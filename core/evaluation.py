@@ -74,6 +74,11 @@ class EvaluationSettings:
         if self.prompts < 1 or self.seeds < 1 or self.batch < 1:
             raise AblationError("An evaluation needs at least one prompt, one seed and a batch size of at least 1.")
 
+    @property
+    def seed_range(self) -> tuple[int, ...]:
+        """The seeds that every prompt is drawn with."""
+        return tuple(range(self.first_seed, self.first_seed + self.seeds))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -83,6 +88,14 @@ class Job:
     role: Role
     concept: Concept
     prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw` drew: for each job uint8 [prompts, seeds, height, width, 3], and the time that it took."""
+
+    images: tuple[np.ndarray, ...] = field(repr=False)
+    seconds: float
 
 
 def evaluate(
@@ -113,31 +126,33 @@ def evaluate(
             IncompatibleDelta.
     """
     jobs = make_jobs(denoiser, concepts, surrounding, settings)
-    seeds = tuple(range(settings.first_seed, settings.first_seed + settings.seeds))
-    start = time.perf_counter()
-    before = _draw(denoiser, jobs, seeds, settings, "Drawing before", on_progress)
-    middle = time.perf_counter()
+    before = draw(denoiser, jobs, settings, "Drawing before", on_progress)
     with delta.attach(denoiser):
-        after = _draw(denoiser, jobs, seeds, settings, "Drawing after", on_progress)
-    drawn = time.perf_counter()
+        after = draw(denoiser, jobs, settings, "Drawing after", on_progress)
+    return compare(jobs, before, after, judge, settings)
+
+
+def compare(jobs: Sequence[Job], before: Drawn, after: Drawn, judge: Judge, settings: EvaluationSettings) -> Evaluation:
+    """Judge what `draw` drew of `jobs` with the model before and after an edit."""
+    start = time.perf_counter()
     results = tuple(
         ConceptResult(
             name=job.name,
             role=job.role,
             ablation=job.concept.target,
             prompts=job.prompts,
-            seeds=seeds,
+            seeds=settings.seed_range,
             before=_judge(judge, job, first),
             after=_judge(judge, job, second),
             images_before=first,
             images_after=second,
         )
-        for job, first, second in zip(jobs, before, after, strict=True)
+        for job, first, second in zip(jobs, before.images, after.images, strict=True)
     )
     seconds = {
-        "draw before": middle - start,
-        "draw after": drawn - middle,
-        "judge": time.perf_counter() - drawn,
+        "draw before": before.seconds,
+        "draw after": after.seconds,
+        "judge": time.perf_counter() - start,
     }
     return Evaluation(results, judge.name, seconds, asdict(settings))
 
@@ -175,15 +190,16 @@ def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]
     return [(concept.target, "target"), (concept.anchor, "anchor"), *((name, "surrounding") for name in names)]
 
 
-def _draw(
+def draw(
     denoiser: Denoiser,
     jobs: Sequence[Job],
-    seeds: Sequence[int],
     settings: EvaluationSettings,
     phase: str,
-    on_progress: ProgressCallback | None,
-) -> list[np.ndarray]:
-    """Images of each job, uint8 [prompts, seeds, H, W, 3]."""
+    on_progress: ProgressCallback | None = None,
+) -> Drawn:
+    """Draw all jobs with whatever the denoiser is now; `phase` is what progress is reported as."""
+    start = time.perf_counter()
+    seeds = settings.seed_range
     requests = [(prompt, seed) for job in jobs for prompt in job.prompts for seed in seeds]
     reporter = Reporter(on_progress, phase, len(requests) * settings.sample.steps)
     images = draw_images(
@@ -195,7 +211,8 @@ def _draw(
         reporter=reporter,
     )
     parts = np.split(images, np.cumsum([len(job.prompts) * len(seeds) for job in jobs])[:-1])
-    return [part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, parts, strict=True)]
+    sets = [part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, parts, strict=True)]
+    return Drawn(tuple(sets), time.perf_counter() - start)
 
 
 def _judge(judge: Judge, job: Job, images: np.ndarray) -> ClipMetrics:

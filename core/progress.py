@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Progress:
     seconds: float
     """Time spent in this phase so far, in seconds."""
     loss: float | None = None
+    latents: Tensor | None = field(default=None, repr=False)
+    """While images are drawn: what the batch would be if it were finished now, [B, C, h, w] on the model's device."""
 
     @property
     def seconds_left(self) -> float:
@@ -41,7 +45,7 @@ class Reporter:
         self._step = 0
         self._start = time.perf_counter()
 
-    def advance(self, steps: int = 1, *, loss: float | None = None) -> None:
+    def advance(self, steps: int = 1, *, loss: float | None = None, latents: Tensor | None = None) -> None:
         """Report that `steps` more steps are done.
 
         Raises:
@@ -50,4 +54,4 @@ class Reporter:
         self._step += steps
         if self._callback is not None:
             elapsed = time.perf_counter() - self._start
-            self._callback(Progress(self._phase, self._step, self._total, elapsed, loss))
+            self._callback(Progress(self._phase, self._step, self._total, elapsed, loss, latents))

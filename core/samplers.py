@@ -221,7 +221,12 @@ def draw_images(
     for start in range(0, len(prompts), batch):
         chunk = slice(start, start + batch)
         count = len(prompts[chunk])
-        callback = None if reporter is None else lambda step, count=count: reporter.advance(count)
+        callback = None
+        if reporter is not None:
+
+            def callback(step: SamplerStep, count: int = count) -> None:
+                reporter.advance(count, latents=step.denoised)
+
         latents = sample_latents(denoiser, prompts[chunk], seeds[chunk], settings, callback)
         decoded = denoiser.vae.decode(latents)
         images.append((decoded.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy())

@@ -21,7 +21,7 @@ _UNET = {
     "attn": r"lora_unet_.*_attn[12]_to_(q|k|v|out_0)",
     "full": r"lora_unet_.*",
 }
-_PATTERNS = {"sd1": _UNET, "sd2": _UNET}
+_PATTERNS = {"sd1": _UNET, "sd2": _UNET, "sdxl": _UNET}
 _TOKEN_EMBEDDING = r"text_encoders\..*\.token_embedding"
 
 SUBSETS: dict[str, str] = {

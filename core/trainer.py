@@ -121,14 +121,18 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     reporter = Reporter(on_progress, "Training", settings.steps)
     losses: list[float] = []
-    with torch.enable_grad(), _frozen(denoiser, settings.checkpointing), delta.attach(denoiser) as attachment:
+    checkpointed = denoiser.checkpointed() if settings.checkpointing else contextlib.nullcontext()
+    with torch.enable_grad(), _frozen(denoiser), checkpointed, delta.attach(denoiser) as attachment:
         prompts = _Prompts(denoiser, dataset.plan.prompts, attachment, settings.subset)
         for batch in _batches(denoiser, dataset, settings):
             objective, extra = _step_loss(denoiser, batch, delta, attachment, prompts, settings)
             losses.append(objective.item())
             _check(losses)
             optimizer.zero_grad(set_to_none=True)
-            (objective + extra).backward()
+            ((objective + extra) * denoiser.gradient_scale).backward()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(denoiser.gradient_scale)
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             schedule.step()
@@ -237,20 +241,15 @@ def _shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[T
 
 
 @contextlib.contextmanager
-def _frozen(denoiser: Denoiser, checkpointing: bool) -> Iterator[None]:
+def _frozen(denoiser: Denoiser) -> Iterator[None]:
     """Keep gradients out of the model's own weights, and put its flags back however the block ends."""
     modules = [module for module in (denoiser.network, denoiser.text_network) if module is not None]
     flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
-    checkpointing = checkpointing and hasattr(denoiser.network, "enable_gradient_checkpointing")
-    if checkpointing:
-        denoiser.network.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if checkpointing:
-            denoiser.network.disable_gradient_checkpointing()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -97,6 +97,15 @@ def test_a_finished_dataset_is_not_drawn_again_but_damaged_shards_are(tiny, tmp_
     assert first.digest() == second.digest()
 
 
+def test_progress_shows_what_each_batch_is_becoming(tiny):
+    seen = []
+    data = dataset.build(tiny, [CAT], SETTINGS, on_progress=lambda progress: seen.append(progress.latents.clone()))
+    steps = SETTINGS.sample.steps
+    # the last estimate of a batch is the batch
+    last = torch.cat(seen[steps - 1 :: steps])
+    torch.testing.assert_close(last, data.latents, atol=2e-2, rtol=1e-2)
+
+
 def test_cancelling_keeps_whole_shards_only(tiny, tmp_path):
     def cancel(progress):
         if progress.step == 3:

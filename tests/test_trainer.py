@@ -102,6 +102,15 @@ def test_gradient_checkpointing_changes_memory_not_the_delta(make_model, data):
         torch.testing.assert_close(saved.delta.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_scale_changes_the_arithmetic_not_the_delta(make_model, data):
+    plain, scaled = make_model(), make_model()
+    scaled.gradient_scale = 1024.0
+    plain, scaled = train(plain, data, TRAIN), train(scaled, data, TRAIN)
+    assert scaled.losses[0] == plain.losses[0]
+    for name, layer in plain.delta.layers.items():
+        torch.testing.assert_close(scaled.delta.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-6)
+
+
 def test_self_teacher_begins_as_the_frozen_one_and_then_differs(tiny, data):
     frozen = train(tiny, data, replace(TRAIN, objective="model", preserve_batch=0))
     own = train(tiny, data, replace(TRAIN, objective="model-self", preserve_batch=0))

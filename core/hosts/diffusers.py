@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,14 @@ class DiffusersDenoiser(Denoiser):
         if self._prediction == "epsilon":
             return x - scale * output
         return x / (scale**2 + 1) - output * scale / (scale**2 + 1).sqrt()
+
+    @contextlib.contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        self.network.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.network.disable_gradient_checkpointing()
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, truncation=True).input_ids
