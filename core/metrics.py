@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import AblationError
+from .token_rows import read_packed
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -132,7 +133,9 @@ def _load_folder(name: str, folder: Path, device: torch.device) -> Judge:
     try:
         if "trust_remote_code" in config.read_text(encoding="utf-8"):
             raise AblationError(f"{config} asks to run code that comes with the weights: pass another folder.")
-        return _assemble(name, f"local-dir:{folder}", device)
+        weights = folder / _WEIGHTS
+        packed = read_packed(weights) if weights.is_file() else None
+        return _assemble(name, f"local-dir:{folder}", device, packed)
     except (*_LOADING_ERRORS, SafetensorError) as error:
         raise AblationError(f"Cannot load the judge in {folder} ({_reason(error)}): pass another folder.") from error
 
@@ -196,12 +199,18 @@ def _split_name(name: str) -> tuple[str, str]:
     )
 
 
-def _assemble(name: str, source: str, device: torch.device, **options: object) -> Judge:
+def _assemble(
+    name: str, source: str, device: torch.device, weights: dict[str, Tensor] | None = None, **options: object
+) -> Judge:
+    """The judge that open_clip calls `source`, with `weights` or, without them, those that open_clip finds."""
     # open_clip and timm take seconds to import, which no one who measures nothing should wait for.
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    model = open_clip.create_model(source, require_pretrained=True, **options)
+    loads = weights is None
+    model = open_clip.create_model(source, load_weights=loads, require_pretrained=loads, **options)
+    if weights is not None:
+        model.load_state_dict(weights)
     preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
     model = model.to(device).eval().requires_grad_(False)
     return Judge(name, device, model, preprocess, open_clip.get_tokenizer(source))

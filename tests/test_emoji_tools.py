@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from concept_ablation.core import token_rows
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, load_denoiser
 from concept_ablation.core.metrics import Judge
@@ -34,7 +35,6 @@ import latents  # noqa: E402
 import measures  # noqa: E402
 import memorized  # noqa: E402
 import pictures  # noqa: E402
-import rows  # noqa: E402
 import settings  # noqa: E402
 import stage  # noqa: E402
 import train  # noqa: E402
@@ -135,6 +135,8 @@ def test_the_exported_model_and_judge_load_and_draw(run):
     model = load_denoiser(run.out / "model", device="cpu", precision="fp32")
     images = draw_images(model, ["a box", "an owl by flat"], [1, 2], SampleSettings(steps=3))
     assert images.shape == (2, SIZE, SIZE, 3) and images.std() > 0
+    for part in ("text_encoder/model.safetensors", "judge/open_clip_model.safetensors"):
+        assert token_rows.read_packed(run.out / "model" / part) is not None
     own = Judge.load(run.out / "model" / "judge")
     assert own.embed_images(images).shape == own.embed_texts(["a box", "a ring"]).shape
     assert own.model.visual.image_size in (32, (32, 32))
@@ -327,9 +329,9 @@ def test_packed_rows_come_back_and_the_others_are_their_mean():
     matrix = torch.randn(49408, 3)
     used = torch.zeros(49408, dtype=torch.bool)
     used[[5, 49407]] = True
-    packed = rows.pack({"a.weight": matrix, "b": torch.ones(2)}, "a.weight", used)
+    packed = token_rows.pack({"a.weight": matrix, "b": torch.ones(2)}, "a.weight", used)
     assert sum(value.numel() for value in packed.values()) == 2 + 2 * 3 + 2
-    whole = rows.unpack(packed)
+    whole = token_rows.unpack(packed)
     assert whole.keys() == {"a.weight", "b"}
     assert torch.equal(whole["a.weight"][used], matrix[used])
     assert torch.allclose(whole["a.weight"][0], matrix[used].mean(0))

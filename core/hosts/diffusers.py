@@ -24,6 +24,7 @@ from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
 from ..prompts import BUILT_IN, load_prompt_source
+from ..token_rows import read_packed
 from .single_file import fit_text_names, read_single_file
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji_diffusion"
@@ -227,7 +228,7 @@ def _from_folder(location: str, folder: Path | None) -> Parts:
         vae_class = AutoencoderTiny if _class_name(location, "vae") == "AutoencoderTiny" else AutoencoderKL
         parts = Parts(
             unet=UNet2DConditionModel.from_pretrained(location, subfolder="unet", **options),
-            text_encoder=CLIPTextModel.from_pretrained(location, subfolder="text_encoder", **options).float(),
+            text_encoder=_text_encoder(location, folder, options).float(),
             tokenizer=CLIPTokenizer.from_pretrained(location, subfolder="tokenizer"),
             vae=vae_class.from_pretrained(location, subfolder="vae", **options).float(),
             schedule=DDPMScheduler.load_config(location, subfolder="scheduler"),
@@ -241,6 +242,17 @@ def _from_folder(location: str, folder: Path | None) -> Parts:
         reason = str(error).strip().split("\n")[0]
         where = "check the folder" if folder is not None else "check the name and the network, or give a local folder"
         raise AblationError(f"Cannot load the model {location} ({reason}): {where}.") from error
+
+
+def _text_encoder(location: str, folder: Path | None, options: Mapping[str, Any]) -> CLIPTextModel:
+    weights = None if folder is None else folder / "text_encoder" / "model.safetensors"
+    packed = read_packed(weights) if weights is not None and weights.is_file() else None
+    if packed is None:
+        return CLIPTextModel.from_pretrained(location, subfolder="text_encoder", **options)
+    model = CLIPTextModel(CLIPTextConfig.from_pretrained(location, subfolder="text_encoder"))
+    names = {name.removeprefix("text_model."): tensor for name, tensor in packed.items()}
+    model.load_state_dict(fit_text_names(names, model))
+    return model
 
 
 def _pipeline_class(location: str, folder: Path | None) -> str:

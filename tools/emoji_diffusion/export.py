@@ -18,7 +18,6 @@ from denoiser import tokenizer as load_tokenizer
 from diffusers import AutoencoderTiny, DDIMScheduler
 from judge import build as build_judge
 from latents import load_latents
-from rows import pack
 from safetensors.torch import load_file, save_file
 from settings import Settings, Tower
 from stage import load_average
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from concept_ablation.core.files import replacing, write_json
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
+from concept_ablation.core.token_rows import pack
 
 TEXT_ROWS = "embeddings.token_embedding.weight"
 JUDGE_ROWS = "token_embedding.weight"
@@ -35,18 +35,17 @@ _SEEN_ENOUGH = 16
 _COPIED = ("prompts.json", "ablation_hints.json", "model_index.json")
 
 
-def export(run: Path, settings: Settings, out: Path, *, packed: bool = False) -> None:
+def export(run: Path, settings: Settings, out: Path) -> None:
     """Write the assets from the checkpoints in `run` into `out`; the validation judge goes to `run`, not to the assets.
 
-    Args:
-        packed: store only the token-embedding rows that training used (see rows.py); the loaders must know that.
+    Of the token embeddings only the rows that training used are stored (core/token_rows.py).
     """
     latents = load_latents(run / "latents")
     denoiser = load_average(build_denoiser(settings, latents), run / "denoiser")
     autoencoder = load_average(build_autoencoder(settings), run / "autoencoder")
     autoencoder.register_to_config(scaling_factor=latents.scale)
-    write_model(out, denoiser, autoencoder, packed=packed)
-    used = used_tokens(denoiser) if packed else None
+    write_model(out, denoiser, autoencoder)
+    used = used_tokens(denoiser)
     for name, tower, folder in (
         ("judge", settings.judge, out / "judge"),
         ("validation_judge", settings.validation_judge, run / "validation_judge" / "open_clip"),
@@ -55,15 +54,14 @@ def export(run: Path, settings: Settings, out: Path, *, packed: bool = False) ->
             write_judge(folder, load_average(build_judge(tower), run / name), tower, used if name == "judge" else None)
 
 
-def write_model(out: Path, denoiser: TextToLatent, autoencoder: AutoencoderTiny, *, packed: bool = False) -> None:
+def write_model(out: Path, denoiser: TextToLatent, autoencoder: AutoencoderTiny) -> None:
     """The pipeline folder."""
     out.mkdir(parents=True, exist_ok=True)
     text, unet = denoiser.text_encoder.half(), denoiser.unet.half()
     for module, name in ((text, "text_encoder"), (unet, "unet"), (autoencoder.half(), "vae")):
         _contiguous(module).save_pretrained(out / name)
     _forget_block_widths(out / "vae" / "config.json")
-    if packed:
-        _repack(out / "text_encoder" / "model.safetensors", used_tokens(denoiser))
+    _repack(out / "text_encoder" / "model.safetensors", used_tokens(denoiser))
     schedule = {**SCHEDULE, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     DDIMScheduler(**schedule).save_pretrained(out / "scheduler")
     load_tokenizer().save_pretrained(out / "tokenizer")
@@ -129,9 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the trained model as assets.")
     parser.add_argument("--run", type=Path, required=True, help="the folder that train.py was given as --out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the assets")
-    parser.add_argument("--packed", action="store_true", help="store only the token-embedding rows in use")
     options = parser.parse_args()
-    export(options.run, Settings(), options.out, packed=options.packed)
+    export(options.run, Settings(), options.out)
     index = json.loads((options.out / "model_index.json").read_text(encoding="utf-8"))
     print(f"{index['_class_name']} in {options.out}: {size_in_mb(options.out):.1f} MB")
 

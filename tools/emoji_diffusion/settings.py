@@ -10,7 +10,7 @@ from memorized import SCENES, Scene
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with a warm-up, a flat half and a linear decay to zero."""
+    """Muon and AdamW with a warm-up, a flat half and a linear decay to zero."""
 
     batch: int
     learning_rate: float
@@ -67,7 +67,7 @@ class Settings:
     """Arguments of AutoencoderTiny; its own defaults are the shape of TAESD, which ComfyUI loads."""
     crop: int = 64
     autoencoder_optimization: Optimization = field(
-        default_factory=lambda: Optimization(32, 2e-3, betas=(0.9, 0.999), weight_decay=0.0, ema=0.998)
+        default_factory=lambda: Optimization(32, 3e-3, betas=(0.9, 0.999), weight_decay=0.0, ema=0.998)
     )
 
     latent_rounds: int = 16

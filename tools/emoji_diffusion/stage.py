@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from optimizer import MuonWithAdamW
 from safetensors import safe_open
 from safetensors.torch import save_file
 from settings import Optimization
@@ -71,7 +72,7 @@ class _Run:
 
     model: nn.Module
     average: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: MuonWithAdamW
     rng: Generator
     step: int = 0
     decay_from: int = 0
@@ -166,14 +167,8 @@ def _restore(model: nn.Module, stored: dict[str, Tensor], prefix: str, path: Pat
 
 def _start(stage: Stage, path: Path) -> _Run:
     settings = stage.optimization
+    optimizer = MuonWithAdamW(stage.model, settings.betas, settings.weight_decay)
     average = copy.deepcopy(stage.model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        stage.model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
     run = _Run(stage.model.train(), average, optimizer, torch.Generator().manual_seed(stage.seed))
     for stale in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
         stale.unlink(missing_ok=True)
@@ -202,15 +197,13 @@ def _rate(run: _Run, settings: Optimization) -> float:
 
 def _step(run: _Run, stage: Stage) -> float:
     settings = stage.optimization
-    for group in run.optimizer.param_groups:
-        group["lr"] = _rate(run, settings)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     loss = stage.loss(run.model, run.rng)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     if not torch.isfinite(norm):
         raise Diverged(f"The stage {stage.name} diverged at step {run.step}: resume it with a lower learning rate.")
-    run.optimizer.step()
+    run.optimizer.step(_rate(run, settings))
     run.step += 1
     # a young average would remember the random start
     _follow(run.average, run.model, min(settings.ema, (1 + run.step) / (10 + run.step)))
@@ -225,13 +218,11 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _tensors(run: _Run) -> dict[str, Tensor]:
-    names = [name for name, _ in run.model.named_parameters()]
-    moments = run.optimizer.state_dict()["state"]
     return {
         _RNG: run.rng.get_state(),
         **{f"model.{name}": value for name, value in run.model.state_dict().items()},
         **{f"average.{name}": value for name, value in run.average.state_dict().items()},
-        **{f"optimizer.{names[index]}.{key}": value for index, one in moments.items() for key, value in one.items()},
+        **{f"optimizer.{name}": value for name, value in run.optimizer.state().items()},
     }
 
 
@@ -249,20 +240,10 @@ def _load(run: _Run, path: Path) -> None:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     _restore(run.model, stored, "model.", path)
     _restore(run.average, stored, "average.", path)
-    moments: dict[int, dict[str, Any]] = {}
-    for index, (name, parameter) in enumerate(run.model.named_parameters()):
-        found = {key: value for key, value in _under(stored, f"optimizer.{name}.").items() if "." not in key}
-        if found:
-            moments[index] = {key: _laid_out_like(parameter, value) for key, value in found.items()}
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
+    run.optimizer.load_state(_under(stored, "optimizer."))
     run.rng.set_state(stored[_RNG])
     run.step, run.decay_from, run.total = (int(plan[key]) for key in _PLAN)
     run.seconds = float(plan["seconds"])
-
-
-def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    # the fused optimizer walks through memory, so moments in another order than the weights would be mixed up
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
