@@ -83,9 +83,17 @@ def ablate(
         on_progress=on_progress,
     )
     built = time.perf_counter()
-    result = trainer.train(denoiser, data, recipe.training, on_progress)
+    made = finish(denoiser, data, recipe.training, trainer.train(denoiser, data, recipe.training, on_progress))
+    return replace(made, seconds={"dataset": built - start, **made.seconds})
+
+
+def finish(
+    denoiser: Denoiser, data: dataset.AblationDataset, settings: trainer.TrainSettings, result: trainer.TrainResult
+) -> Ablation:
+    """What a training made, as its file will give it back: rounded, with the header that says where it comes from."""
+    recipe = Recipe(data.settings, settings)
     delta = replace(result.delta.rounded(torch.float16), metadata=header(denoiser, data, recipe))
-    return Ablation(delta, result.losses, {"dataset": built - start, "training": result.seconds})
+    return Ablation(delta, result.losses, {"training": result.seconds})
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
@@ -129,17 +137,19 @@ def ablate_and_report(
 def report_inputs(
     denoiser: Denoiser,
     tasks: Sequence[Task],
-    delta_path: Path,
+    delta_path: Path | None,
     evaluation: Evaluation,
     *,
     recipe: Recipe | None = None,
     made: Ablation | None = None,
 ) -> ReportInputs:
-    """What a report is made of; without `recipe` and `made` for a delta that was trained in another run."""
+    """What a report is made of; without `recipe` and `made` for a delta that was trained in another run, without
+    `delta_path` for an edit that is in no delta file.
+    """
     return ReportInputs(
         evaluation=evaluation,
         concepts=tuple(task.concept for task in tasks),
-        delta=delta_info(delta_path),
+        delta=None if delta_path is None else delta_info(delta_path),
         losses=made.losses if made else (),
         seconds=made.seconds if made else {},
         settings=asdict(recipe) if recipe else {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,14 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Iterable[Conditioning]) -> Conditioning:
+        """All rows together. Where numbers of tokens differ, contexts are repeated up to their least common multiple:
+        attention over keys that all occur twice is attention over each once.
+        """
         parts = list(parts)
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        tokens = math.lcm(*{part.context.shape[1] for part in parts})
+        joined = {name: [part.tensors[name] for part in parts] for name in parts[0].tensors}
+        joined["context"] = [context.repeat(1, tokens // context.shape[1], 1) for context in joined["context"]]
+        return Conditioning({name: torch.cat(tensors) for name, tensors in joined.items()})
 
 
 class LatentCodec(ABC):

@@ -56,7 +56,8 @@ class ReportInputs:
 
     evaluation: Evaluation
     concepts: tuple[Concept, ...]
-    delta: DeltaInfo
+    delta: DeltaInfo | None
+    """None for an edit that is in no delta file, such as a checkpoint that was edited by another program."""
     losses: tuple[float, ...]
     """Training loss of every step; empty for an edit that took no training."""
     seconds: dict[str, float]
@@ -212,7 +213,7 @@ def _summary(inputs: ReportInputs) -> dict[str, object]:
     summary = {
         "concepts": concepts,
         "seconds": {**evaluation.seconds, **inputs.seconds},
-        "delta": asdict(inputs.delta),
+        "delta": None if inputs.delta is None else asdict(inputs.delta),
         "settings": {**inputs.settings, "evaluation": evaluation.settings},
         "judge": evaluation.judge,
         "model": inputs.model,

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..prompts import BUILT_IN, load_prompt_source
+from ..prompts import BUILT_IN, PromptSource, load_prompt_source
 from ..token_rows import read_packed
 from .single_file import fit_text_names, read_single_file
 
@@ -182,25 +182,34 @@ def load_denoiser(
     chosen = _device(device)
     weights, autocast = _precision(precision, chosen)
     path = EMBEDDED_MODEL if model is None else Path(model)
-    if path.is_file():
-        parts = _from_single_file(path)
-    elif path.is_dir():
-        parts = _from_folder(str(path), path)
-    elif _HUB_ID.fullmatch(str(model)):
-        parts = _from_folder(str(model), None)
-    else:
-        raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
+    parts = load_parts(path if model is None else model)
     if prediction_type is not None:
         parts = Parts(**{**vars(parts), "schedule": {**parts.schedule, "prediction_type": prediction_type}})
     # the plain method: diffusers own only adds a warning about modules that this U-Net does not have
     nn.Module.to(parts.unet, weights)
     name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
     denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
-    if (path / _PROMPTS_FILE).is_file():
-        denoiser.prompt_source = load_prompt_source(path / _PROMPTS_FILE)
-    if (path / _HINTS_FILE).is_file():
-        denoiser.learning_rate_scale = _learning_rate_scale(path / _HINTS_FILE)
+    denoiser.prompt_source, denoiser.learning_rate_scale = load_hints(path)
     return denoiser
+
+
+def load_parts(model: str | Path) -> Parts:
+    """The modules of a model on the CPU, in the precision of its files or in fp32; see `load_denoiser`."""
+    path = Path(model)
+    if path.is_file():
+        return _from_single_file(path)
+    if path.is_dir():
+        return _from_folder(str(path), path)
+    if _HUB_ID.fullmatch(str(model)):
+        return _from_folder(str(model), None)
+    raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
+
+
+def load_hints(path: Path) -> tuple[PromptSource, float]:
+    """What a model's folder says of it: prompt templates and the factor of learning rates, where it does."""
+    prompts, hints = path / _PROMPTS_FILE, path / _HINTS_FILE
+    source = load_prompt_source(prompts) if prompts.is_file() else BUILT_IN
+    return source, _learning_rate_scale(hints) if hints.is_file() else 1.0
 
 
 def _device(name: str | None) -> torch.device:

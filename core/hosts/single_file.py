@@ -154,15 +154,9 @@ def write_single_file(
         raise _unwritable("the U-Net has a different number of layers in each block")
 
     tensors = {
-        **_ldm(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX),
-        **{TEXT_PREFIX + name: value for name, value in _without_prefix(text_encoder.state_dict()).items()},
-        **_ldm(vae.state_dict(), _vae_table(vae_class, vae.config), VAE_PREFIX),
+        name: value.detach().to("cpu", dtype).contiguous() if value.dim() else value
+        for name, value in ldm_tensors(unet, text_encoder, vae).items()
     }
-    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
-    if vae_class == "AutoencoderTiny":
-        # ComfyUI decodes x * vae_scale, x being the denoiser's latents / 0.18215.
-        tensors[VAE_PREFIX + "vae_scale"] = torch.tensor(SD1_LATENT_SCALE / vae.config.scaling_factor)
-        tensors[VAE_PREFIX + "vae_shift"] = torch.tensor(0.0)
     if prediction_type == "v_prediction":
         tensors["v_pred"] = torch.tensor([])
     metadata = {
@@ -180,6 +174,23 @@ def write_single_file(
     _refuse_lost_settings(text_encoder.config.to_dict(), configs.text)
     _refuse_lost_settings(vae.config, _defaults(_VAE_CLASSES[vae_class]) | configs.vae)
     _save(path, tensors, metadata)
+
+
+def ldm_tensors(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL | AutoencoderTiny
+) -> dict[str, Tensor]:
+    """The three networks' tensors under their names in the LDM layout, sharing their memory."""
+    vae_class = type(vae).__name__
+    tensors = {
+        **_ldm(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX),
+        **{TEXT_PREFIX + name: value for name, value in _without_prefix(text_encoder.state_dict()).items()},
+        **_ldm(vae.state_dict(), _vae_table(vae_class, vae.config), VAE_PREFIX),
+    }
+    if vae_class == "AutoencoderTiny":
+        # ComfyUI decodes x * vae_scale, x being the denoiser's latents / 0.18215
+        tensors[VAE_PREFIX + "vae_scale"] = torch.tensor(SD1_LATENT_SCALE / vae.config.scaling_factor)
+        tensors[VAE_PREFIX + "vae_shift"] = torch.tensor(0.0)
+    return tensors
 
 
 def fit_text_names(text: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class Settings:
     heads: int = 4
     text_width: int = 256
     text_layers: int = 2
-    denoiser_optimization: Optimization = field(default_factory=lambda: Optimization(64, 8e-4))
+    denoiser_optimization: Optimization = field(default_factory=lambda: Optimization(64, 1.2e-3))
 
     judge: Tower = Tower("resnet10t", seed=1)
     validation_judge: Tower = Tower("resnetv2_18", seed=2, text_width=256, text_layers=3)

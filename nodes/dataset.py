@@ -1,0 +1,211 @@
+"""The node that draws the training set of an ablation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..core.ablation import Task, check_tasks
+from ..core.dataset import AblationDataset, DatasetSettings, build, make_plan
+from ..core.hosts.comfyui import opened
+from ..core.presets import recipe
+from ..core.samplers import SAMPLERS
+from .images import as_image
+from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
+from .types import CATEGORY, PRESET, Concepts, Dataset, model_inputs, preset_input, seed_input, size_inputs
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+    from ..core.denoiser import Denoiser
+
+_PREVIEWED = 16
+_PIXELS_PER_LATENT = 8
+
+
+class ConceptAblationBuildDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptAblationBuildDataset",
+            display_name="Build Ablation Dataset",
+            category=CATEGORY,
+            description=(
+                "Draws the images to train on with the model itself. They are kept as latents; a run that was "
+                "interrupted goes on where it was."
+            ),
+            inputs=[
+                *model_inputs("that draws the images, and that the concepts will be removed from"),
+                Concepts.Input("concepts", tooltip="What to remove, from Concept to Ablate."),
+                preset_input(),
+                io.Combo.Input(
+                    "source",
+                    options=["anchor", "target"],
+                    default="anchor",
+                    tooltip="Which prompts the images are drawn from: anchor for the objectives model, model-self and "
+                    "noise; target for reverse-kl and loss-max.",
+                ),
+                io.Int.Input(
+                    "images",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    step=8,
+                    tooltip="Images for each concept; 0 is the preset's.",
+                ),
+                io.Int.Input(
+                    "preserve",
+                    default=-1,
+                    min=-1,
+                    max=100000,
+                    tooltip="Images for each concept that keep its anchor and its surrounding concepts as they are; "
+                    "0 is none, -1 is the preset's.",
+                ),
+                *size_inputs(),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=1000, tooltip="Sampling steps of each image; 0 is the preset's."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance scale; 0 is the preset's, 1 is no guidance and twice as fast.",
+                ),
+                io.Combo.Input(
+                    "sampler",
+                    options=[PRESET, *SAMPLERS],
+                    default=PRESET,
+                    tooltip="How the images are sampled; preset leaves it to the preset.",
+                ),
+                io.Int.Input(
+                    "images_at_once",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Images drawn in one batch: fewer need less memory. 0 is the preset's.",
+                ),
+                seed_input(),
+                io.Boolean.Input(
+                    "keep_on_disk",
+                    default=True,
+                    tooltip="Keep the dataset in output/concept_ablation/datasets, so that an interrupted build goes "
+                    "on and a finished one is not drawn again. Delete the folder to free the space.",
+                ),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Decodes the preview; without it the preview is small and rough."
+                ),
+            ],
+            outputs=[
+                Dataset.Output(display_name="dataset", tooltip="What Ablate Concept trains on."),
+                io.Image.Output(display_name="preview", tooltip=f"Up to {_PREVIEWED} of the images."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        concepts: tuple[Task, ...],
+        preset: str,
+        source: str,
+        images: int,
+        preserve: int,
+        width: int,
+        height: int,
+        steps: int,
+        cfg: float,
+        sampler: str,
+        images_at_once: int,
+        seed: int,
+        keep_on_disk: bool,
+        vae: VAE | None = None,
+    ) -> io.NodeOutput:
+        check_tasks(concepts)
+        progress = NodeProgress(cls.hidden.unique_id, model)
+        advice = "lower images_at_once, or draw smaller images"
+        with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
+            base = recipe(preset, denoiser, concepts[0].concept.kind, seed=seed).dataset
+            settings = replace(
+                base,
+                source=source,
+                images=images or base.images,
+                preserve=base.preserve if preserve < 0 else preserve,
+                batch=images_at_once or base.batch,
+                sample=replace(
+                    base.sample,
+                    steps=steps or base.sample.steps,
+                    guidance=cfg or base.sample.guidance,
+                    sampler=base.sample.sampler if sampler == PRESET else sampler,
+                ),
+            )
+            data = build(
+                denoiser,
+                [task.concept for task in concepts],
+                settings,
+                surrounding=[task.surrounding for task in concepts],
+                directory=_directory(denoiser, concepts, settings) if keep_on_disk else None,
+                on_progress=progress,
+            )
+            latents = data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+            preview = _rough(model, latents) if vae is None else _decoded(denoiser, latents)
+        return io.NodeOutput(data, preview)
+
+
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the rows, evenly spread, the first among them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> str:
+    """A name for a dataset that any change of the model, the concepts, the image size or the settings changes."""
+    concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
+    plan = make_plan(concepts, surrounding, denoiser.prompt_source, settings)
+    described = {
+        "model": denoiser.fingerprint(),
+        "latent_shape": denoiser.latent_shape,
+        "concepts": [asdict(concept) for concept in concepts],
+        "plan": asdict(plan),
+        "settings": asdict(settings),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def size_of(data: AblationDataset) -> tuple[int, int]:
+    """Width and height of a dataset's images, in pixels."""
+    height, width = data.latents.shape[2:]
+    return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
+
+
+def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> Path:
+    root = Path(folder_paths.get_output_directory()) / "concept_ablation" / "datasets"
+    return root / identity(denoiser, tasks, settings)
+
+
+@torch.no_grad()
+def _decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
+    return denoiser.vae.decode(latents.to(denoiser.device)).permute(0, 2, 3, 1).float().cpu()
+
+
+def _rough(model: ModelPatcher, latents: Tensor) -> Tensor:
+    pictures = latent_pictures(make_previewer(model), latents.to(model.load_device))
+    image = as_image(np.stack([np.array(picture) for picture in pictures]))
+    # a previewer that decodes gives the full size already
+    factor = max(1, latents.shape[2] * _PIXELS_PER_LATENT // image.shape[1])
+    return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

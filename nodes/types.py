@@ -1,0 +1,78 @@
+"""The socket types of the pack, and the inputs that several nodes share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from comfy_api.latest import io
+
+from ..core.presets import PRESETS
+
+CATEGORY = "concept ablation"
+PRESET = "preset"
+"""What a choice is called that leaves the matter to the preset."""
+MAX_SEED = 2**53 - 1
+"""The largest whole number that JavaScript, and so the front end, holds exactly."""
+
+Concepts = io.Custom("CONCEPT")
+"""tuple[core.ablation.Task, ...]"""
+Dataset = io.Custom("ABLATION_DATASET")
+"""core.dataset.AblationDataset"""
+AblationDelta = io.Custom("ABLATION_DELTA")
+"""core.delta.Delta"""
+
+
+def model_inputs(use: str) -> list[io.Input]:
+    """MODEL and CLIP; `use` ends the sentence "The model …"."""
+    return [
+        io.Model.Input("model", tooltip=f"The model {use}. Its weights are never changed."),
+        io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
+    ]
+
+
+def preset_input() -> io.Input:
+    """The preset that fills in what other inputs leave open."""
+    return io.Combo.Input(
+        "preset",
+        options=list(PRESETS),
+        default="balanced",
+        tooltip=f"Where every value that is left at 0 comes from. {described(PRESETS)}",
+    )
+
+
+def size_inputs() -> list[io.Input]:
+    """Width and height of the images, in pixels."""
+    tooltip = "{} of the images in pixels; 0 is the model's own size (512 for SD 1.x, 1024 for SDXL)."
+    return [
+        io.Int.Input(name, default=0, min=0, max=4096, step=8, tooltip=tooltip.format(name.capitalize()))
+        for name in ("width", "height")
+    ]
+
+
+def seed_input() -> io.Input:
+    """A seed that stays as it is: a new one on every run would throw away what ComfyUI has cached."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=MAX_SEED,
+        control_after_generate=False,
+        tooltip="Random seed: the same one gives the same result on the same machine.",
+    )
+
+
+def strength_input(name: str, what: str) -> io.Input:
+    """A factor of a delta."""
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-100.0,
+        max=100.0,
+        step=0.01,
+        tooltip=f"How strongly {what}: 1 is the edit as it was trained, 0 is none, below 0 is its reverse.",
+    )
+
+
+def described(choices: Mapping[str, str]) -> str:
+    """What each choice means, for a tooltip."""
+    return " ".join(f"{name}: {text}." for name, text in choices.items())

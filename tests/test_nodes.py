@@ -1,0 +1,49 @@
+"""The ComfyUI nodes, without a server but on ComfyUI's real modules.
+
+Those take over top-level names (`nodes`, `server`, `utils`) and set up torch for themselves, so the tests proper, in
+`*_inside_comfyui.py`, run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI = Path(os.environ.get("CONCEPT_ABLATION_COMFYUI", ROOT / ".comfyui" / "ComfyUI"))
+DEPS = Path(os.environ.get("CONCEPT_ABLATION_COMFYUI_DEPS", ROOT / ".comfyui" / "deps"))
+# As ComfyUI's main.py begins: `utils` before its `nodes` puts another one on the path, and no search for a GPU.
+RUN = """
+import sys, pytest, utils.extra_config
+from comfy.cli_args import args
+args.cpu = True
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+REQUIRED = any(os.environ.get(name) for name in ("CI", "CONCEPT_ABLATION_REQUIRE_COMFYUI"))
+
+
+def test_the_package_can_be_imported_without_comfyui():
+    code = "import concept_ablation, sys; print(concept_ablation.WEB_DIRECTORY, 'comfy_api' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert result.stdout.split() == ["web/comfyui", "False"]
+
+
+def test_the_nodes_inside_comfyui():
+    if not (COMFYUI / "comfy_api").is_dir():
+        message = f"there is no ComfyUI in {COMFYUI}: set CONCEPT_ABLATION_COMFYUI and CONCEPT_ABLATION_COMFYUI_DEPS"
+        pytest.fail(message) if REQUIRED else pytest.skip(message)
+    path = os.pathsep.join([str(COMFYUI), str(DEPS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tests = sorted(map(str, Path(__file__).parent.glob("*_inside_comfyui.py")))
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *tests],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1"},
+        cwd=COMFYUI,  # in our own folder its `import nodes` would find ours
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
