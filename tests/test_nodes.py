@@ -1,7 +1,7 @@
 """The ComfyUI nodes, without a server but on ComfyUI's real modules.
 
 Those take over top-level names (`nodes`, `server`, `utils`) and set up torch for themselves, so the tests proper, in
-`*_inside_comfyui.py`, run in a process of their own.
+`node*_inside_comfyui.py`, run in a process of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_the_nodes_inside_comfyui():
         message = f"there is no ComfyUI in {COMFYUI}: set CONCEPT_ABLATION_COMFYUI and CONCEPT_ABLATION_COMFYUI_DEPS"
         pytest.fail(message) if REQUIRED else pytest.skip(message)
     path = os.pathsep.join([str(COMFYUI), str(DEPS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    tests = sorted(map(str, Path(__file__).parent.glob("*_inside_comfyui.py")))
+    tests = sorted(map(str, Path(__file__).parent.glob("node*_inside_comfyui.py")))
     result = subprocess.run(
         [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1"},
