@@ -61,7 +61,6 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100000,
-                    step=8,
                     tooltip="Images for each concept; 0 is the preset's.",
                 ),
                 io.Int.Input(

@@ -280,6 +280,19 @@ def test_variants_with_further_inputs_are_refused():
         architecture_of(model_base.BaseModel(flux, model_type=model_base.ModelType.FLUX))
 
 
+def test_what_other_nodes_change_beside_the_weights_makes_another_model(comfy_emoji):
+    model, clip, _ = comfy_emoji
+    skipped = clip.clone()
+    skipped.clip_layer(-2)
+    with torch.inference_mode():
+        with opened(model, clip) as denoiser:
+            plain = denoiser.fingerprint()
+        with opened(model, skipped) as denoiser:
+            assert denoiser.fingerprint() != plain
+        with opened(model, clip) as denoiser:
+            assert denoiser.fingerprint() == plain
+
+
 def test_sizes_that_no_latent_has_are_refused(comfy_emoji):
     with pytest.raises(AblationError, match="multiples of 8"), opened(*comfy_emoji, width=100, height=128):
         pass

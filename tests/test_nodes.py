@@ -1,4 +1,4 @@
-"""The ComfyUI nodes, without a server but on ComfyUI's real modules.
+"""The ComfyUI host and nodes, without a server but on ComfyUI's real modules.
 
 Those take over top-level names (`nodes`, `server`, `utils`) and set up torch for themselves, so the tests proper, in
 `node*_inside_comfyui.py`, run in a process of their own.
@@ -32,12 +32,13 @@ def test_the_package_can_be_imported_without_comfyui():
     assert result.stdout.split() == ["web/comfyui", "False"]
 
 
-def test_the_nodes_inside_comfyui():
+@pytest.mark.parametrize("subject", ["node", "host"])
+def test_inside_comfyui(subject):
     if not (COMFYUI / "comfy_api").is_dir():
         message = f"there is no ComfyUI in {COMFYUI}: set CONCEPT_ABLATION_COMFYUI and CONCEPT_ABLATION_COMFYUI_DEPS"
         pytest.fail(message) if REQUIRED else pytest.skip(message)
     path = os.pathsep.join([str(COMFYUI), str(DEPS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    tests = sorted(map(str, Path(__file__).parent.glob("node*_inside_comfyui.py")))
+    tests = sorted(map(str, Path(__file__).parent.glob(f"{subject}*_inside_comfyui.py")))
     result = subprocess.run(
         [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "PYTHONPATH": path, "PYTHONUTF8": "1"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,13 @@ class ComfyDenoiser(Denoiser):
         return list(own.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def fingerprint(self) -> str:
+        """As for every model, and of what nodes can change beside the weights: noise levels, prediction, Clip Skip."""
         # read from the device, which for gigabytes takes seconds
         if self._fingerprint is None:
-            self._fingerprint = super().fingerprint()
+            sampling = self._inner.model_sampling
+            kinds = [kind.__name__ for kind in type(sampling).__mro__]
+            beside = (kinds, self.sigmas.tolist(), self._clip.layer_idx)
+            self._fingerprint = hashlib.sha256(f"{super().fingerprint()} {beside}".encode()).hexdigest()
         return self._fingerprint
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import time
@@ -9,13 +10,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from concept_ablation.tests.comfyui.graph import Graph
 
@@ -72,17 +73,22 @@ class Run:
         return [event["loss"] for event in self.events if event["node"] == node and event["loss"] is not None]
 
 
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """A client of the server at host:port."""
+    name = uuid.uuid4().hex
+    with connect(f"ws://{address}/ws?clientId={name}", max_size=None, proxy=None) as socket:
+        yield Client(address, name, socket)
+
+
 class Client:
-    """One connection; close it when done."""
+    """One connection, with the id under which the server knows it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, client_id: str, socket: ClientConnection) -> None:
         self._address = address
-        self._id = uuid.uuid4().hex
-        self._socket = connect(f"ws://{address}/ws?clientId={self._id}", max_size=None, proxy=None)
+        self._id = client_id
+        self._socket = socket
         self._info: dict[str, Any] = {}
-
-    def close(self) -> None:
-        self._socket.close()
 
     def get(self, path: str, **query: str) -> bytes:
         with _open(f"http://{self._address}{path}?{urllib.parse.urlencode(query)}", timeout=60) as answer:
@@ -100,9 +106,13 @@ class Client:
         except urllib.error.HTTPError as error:
             raise Refused(json.loads(error.read() or b"{}")) from error
 
+    def json(self, path: str) -> Any:
+        """What the server answers to a path, read as JSON."""
+        return json.loads(self.get(path))
+
     def object_info(self) -> dict[str, Any]:
         """Every node that the server has, with its inputs and outputs."""
-        return json.loads(self.get("/object_info"))
+        return self.json("/object_info")
 
     def interrupt(self) -> None:
         """What the front end's Cancel button sends."""

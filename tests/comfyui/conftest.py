@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from concept_ablation.tests.comfyui.checkpoint import write_sd15
-from concept_ablation.tests.comfyui.client import Client
+from concept_ablation.tests.comfyui.client import Client, connected
 from concept_ablation.tests.comfyui.server import ROOT, Server, running
 
 COMFYUI = Path(os.environ.get("CONCEPT_ABLATION_COMFYUI") or ROOT / ".comfyui" / "ComfyUI")
@@ -37,9 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[Client]:
     """The one connection to `server` that the tests share."""
-    connection = Client(server.address)
-    yield connection
-    connection.close()
+    with connected(server.address) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,12 @@ class TestWeights(_Probe):
         # whoever had patched the shared weights takes the patches out
         comfy.model_management.load_models_gpu([model, clip.patcher])
         digest = hashlib.sha256()
-        found = {"hooks": 0, "gradients": 0, "parametrized": 0, "patches": len(model.patches) + len(clip.patcher.patches)}
+        found = {
+            "hooks": 0,
+            "gradients": 0,
+            "parametrized": 0,
+            "patches": len(model.patches) + len(clip.patcher.patches),
+        }
         for network in (model.model, clip.cond_stage_model):
             for name, tensor in sorted(network.state_dict().items()):
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
