@@ -2,7 +2,7 @@
 
 Without an argument, as ComfyUI-Manager and the WebUIs run it, this adds the missing packages of requirements.txt to the
 Python that runs it, and never changes torch or any other package that the host and this project share. `demo` and
-`test` leave that Python alone and work in a `.venv` beside this file.
+`test` leave that Python alone and work in a `.venv` beside this file; the tests start a ComfyUI of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 USAGE = """\
 usage: python install.py [-v]                    add what is missing to this Python
        python install.py [-v] demo [options]     set up .venv beside this file and run the demonstration in it
-       python install.py [-v] test [options]     set up .venv, then run ruff and pytest in it
+       python install.py [-v] test [options]     set up .venv and a ComfyUI in .comfyui, then run ruff and pytest
 
 -v shows pip's output (it is shown in any case when pip fails). Options after demo or test are passed on, so
 `python install.py demo --help` lists the demonstration's own. To use a torch build of your choice in .venv, create
@@ -341,7 +341,7 @@ def commands(task: str, python: Path, extra: list[str]) -> list[list[str]]:
     if task == "demo":
         steps = [["concept_ablation.cli", "demo"]]
     else:
-        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pytest"]]
+        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["tools.comfyui.get_comfyui"], ["pytest"]]
     return [[str(python), "-m", *step] for step in (*steps[:-1], [*steps[-1], *extra])]
 
 
