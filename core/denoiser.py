@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,20 +157,21 @@ class Denoiser(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over the names, shapes and bytes of the network's and the text encoder's weights, in hexadecimal."""
         digest = hashlib.sha256()
+        for name, tensor in self._weights():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            # reshape before view: a 0-d tensor cannot be viewed as bytes
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What the fingerprint covers, in an order of its own. Hosts leave out what has no effect."""
         for part, module in (("network", self.network), ("text", self.text_network)):
             if module is not None:
-                _update_digest(digest, part, module)
-        return digest.hexdigest()
+                for name, tensor in sorted(module.state_dict().items()):
+                    yield f"{part}.{name}", tensor
 
 
 def true_direction(x: Tensor, sigma: Tensor, x0: Tensor) -> Tensor:
     """The d that a perfect denoiser would give: the noise for epsilon and v models, noise - x0 for flows."""
     return (x - x0) / sigma.view(-1, 1, 1, 1)
-
-
-def _update_digest(digest: hashlib._Hash, part: str, module: nn.Module) -> None:
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        # reshape before view: a 0-d tensor cannot be viewed as bytes
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())

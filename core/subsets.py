@@ -58,13 +58,13 @@ def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept]) ->
     """
     layers = select(subset, denoiser)
     if subset != "embedding":
-        return zeros(layers)
+        return _on_device(zeros(layers), denoiser)
     rows: set[int] = set()
     for concept in concepts:
         target = set(denoiser.tokenize(concept.target))
         rows |= (target - set(denoiser.tokenize(concept.anchor))) or target
     merged = {name: zeros_in_rows(name, module, rows).layers[name] for name, module in layers.items()}
-    return Delta(merged)
+    return _on_device(Delta(merged), denoiser)
 
 
 def trainable(delta: Delta, subset: str) -> Delta:
@@ -75,3 +75,8 @@ def trainable(delta: Delta, subset: str) -> Delta:
     for tensor in tensors:
         tensor.requires_grad_(True)
     return delta
+
+
+def _on_device(delta: Delta, denoiser: Denoiser) -> Delta:
+    """The delta where the activations are; the layers' own weights may be offloaded."""
+    return delta.map(lambda tensor: tensor.to(denoiser.device))

@@ -229,7 +229,7 @@ def test_a_stock_sd15_layout_trains_in_any_precision_and_its_keys_all_map(dtype)
         assert denoiser.architecture == "sd1" and denoiser.sigmas[-1] == pytest.approx(14.6, abs=0.1)
         data = dataset.build(denoiser, [Concept("grumpy cat", "cat")], replace(SMALL, images=2, preserve=0, batch=2))
         result = train(denoiser, data, replace(TRAIN, steps=2, batch=2, preserve_batch=0, learning_rate=1e-5))
-    assert all(np.isfinite(result.losses)) and result.delta.norm() > 0
+    assert all(np.isfinite(result.losses)) and result.delta.norm() > 1e-6
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     assert {name: keys[name] for name in result.delta.layers}
     assert len(comfy.lora.load_lora(to_tensors(result.delta), keys)) == len(result.delta.layers)

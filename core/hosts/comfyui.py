@@ -11,7 +11,7 @@ import contextlib
 import functools
 import gc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..delta import EDITABLE, TEXT_PREFIXES, Delta
+from ..delta import Delta
 from ..delta_file import to_tensors
 from ..denoiser import Conditioning, Denoiser, LatentCodec
-from ..errors import AblationError, IncompatibleDelta
+from ..errors import AblationError
 from ..prompts import BUILT_IN, PromptSource
+from .comfy_names import architecture_of, check_fits, text_layers, unet_layers
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -36,6 +37,7 @@ _CONTEXT = "c_crossattn"
 _FP16_GRADIENT_SCALE = 1024.0
 _PIXELS_PER_LATENT = 8
 _CHECKPOINTED = ("ResBlock", "SpatialTransformer")
+_UNUSED = (".logit_scale", "clip_l.transformer.text_projection.weight", "clip_h.transformer.text_projection.weight")
 # What ComfyUI is asked to keep free: its own estimate for images of this batch, and what a backward pass adds.
 _BATCH, _TRAINING = 16, 3
 
@@ -60,7 +62,7 @@ class ComfyCodec(LatentCodec):
         reload: brings the network back to its device, from which ComfyUI may have moved it to make room.
     """
 
-    def __init__(self, vae: VAE | None, latent_format: Any, reload: Any) -> None:
+    def __init__(self, vae: VAE | None, latent_format: Any, reload: Callable[[], None]) -> None:
         self._vae = vae
         self._format = latent_format
         self._reload = reload
@@ -138,11 +140,15 @@ class ComfyDenoiser(Denoiser):
             self._fingerprint = hashlib.sha256(f"{super().fingerprint()} {beside}".encode()).hexdigest()
         return self._fingerprint
 
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        # most checkpoints lack these, ComfyUI then leaves chance in them, and no network here is told what they give
+        return ((name, tensor) for name, tensor in super()._weights() if not name.endswith(_UNUSED))
+
     @contextlib.contextmanager
     def checkpointed(self) -> Iterator[None]:
         blocks = [module for module in self.network.modules() if type(module).__name__ in _CHECKPOINTED]
         for block in blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(_checkpoint, block.forward)
         try:
             yield
         finally:
@@ -191,8 +197,8 @@ def opened(
     """A denoiser of ComfyUI's objects, loaded, for the time of the block.
 
     ComfyUI executes nodes in inference mode, whose tensors no backward pass can use. Within the block that mode is off,
-    and inference weights have been replaced by equal ones; their values are those of `model` and `clip` with all
-    patches (LoRAs) that these carry, and stay so.
+    and inference weights have been replaced by ordinary tensors in the same memory; their values are those of `model`
+    and `clip` with all patches (LoRAs) that these carry, and stay so.
 
     Args:
         width, height: image size in pixels; None is the model's own.
@@ -203,12 +209,11 @@ def opened(
     """
     latent_size = _latent_size(model, width, height)
     architecture_of(model.model)
-    _load(model, clip, model.model.memory_required([_BATCH, model.model.latent_format.latent_channels, *latent_size]))
+    memory = model.model.memory_required([_BATCH, model.model.latent_format.latent_channels, *latent_size])
     try:
         # leaving inference mode switches gradients on, which only training wants
         with torch.inference_mode(False), torch.no_grad():
-            for module in (model.model, clip.cond_stage_model):
-                _leave_inference(module)
+            _load(model, clip, memory)
             with _kept_for_backward(clip.cond_stage_model):
                 yield ComfyDenoiser(model, clip, vae, latent_size, precision)
     finally:
@@ -234,80 +239,36 @@ def patched(
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
         weights |= clip.cond_stage_model.state_dict()
-    _check_fits(delta, keys, weights)
+    check_fits(delta, keys, weights)
     return comfy.sd.load_lora_for_models(model, clip, to_tensors(delta), strength_model, strength_clip)
 
 
-def architecture_of(inner: Any) -> str:
-    """The architecture of a ComfyUI model: "sd1", "sd2" or "sdxl".
-
-    Raises:
-        AblationError: another one, or a variant with further inputs (inpainting, unCLIP, the XL refiner).
-    """
-    from comfy import model_base, supported_models
-
-    config = inner.model_config
-    families = (("sd1", supported_models.SD15), ("sd2", supported_models.SD20), ("sdxl", supported_models.SDXL))
-    found = next((name for name, family in families if isinstance(config, family)), None)
-    plain = type(inner) in (model_base.BaseModel, model_base.SDXL) and not inner.concat_keys
-    if found is None or not plain or config.unet_config.get("in_channels") != 4:
-        raise AblationError(
-            f"The model is a {type(config).__name__} ({type(inner).__name__}): connect a Stable Diffusion 1.x, 2.x or "
-            "XL base model, not an inpainting, refiner or other variant."
-        )
-    return found
-
-
-def unet_layers(inner: Any) -> dict[str, nn.Module]:
-    """The network's editable layers by LoRA name: diffusers' names where they exist, else ComfyUI's own."""
-    import comfy.utils
-
-    known = {
-        ldm.removesuffix(".weight"): diffusers.removesuffix(".weight")
-        for diffusers, ldm in comfy.utils.unet_to_diffusers(inner.model_config.unet_config).items()
-    }
-    return {
-        "lora_unet_" + known.get(name, name).replace(".", "_"): module
-        for name, module in inner.diffusion_model.named_modules()
-        if _is_editable(module)
-    }
-
-
-def text_layers(encoder: nn.Module) -> dict[str, nn.Module]:
-    """The text encoder's editable layers by the LoRA names that ComfyUI maps."""
-    import comfy.lora
-
-    keys = comfy.lora.model_lora_keys_clip(encoder, {})
-    short: dict[str, str] = {}
-    for name, weight in keys.items():
-        if name.startswith("lora_te"):
-            short.setdefault(weight.removesuffix(".weight"), name)
-    layers = {}
-    for name, module in encoder.named_modules():
-        if _is_editable(module):
-            layers[short.get(name, "text_encoders." + name)] = module
-    return layers
-
-
-def _is_editable(module: nn.Module) -> bool:
-    return isinstance(module, EDITABLE) and getattr(module, "weight", None) is not None
-
-
 def _load(model: ModelPatcher, clip: CLIP, memory: float = 0) -> None:
+    """Have ComfyUI bring both to their devices, then make of every inference tensor one that a backward pass can use.
+
+    Called outside of inference mode.
+    """
     from comfy import model_management
 
     model_management.load_models_gpu([model, clip.patcher], memory_required=_TRAINING * memory)
-
-
-def _leave_inference(root: nn.Module) -> None:
-    """Replace inference tensors by equal ones that a backward pass can use, one at a time."""
-    for module in root.modules():
+    for module in (*model.model.modules(), *clip.cond_stage_model.modules()):
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_inference():
-                module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+            if _is_inference(parameter):
+                module._parameters[name] = nn.Parameter(_same_memory(parameter), requires_grad=False)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_inference():
-                module._buffers[name] = buffer.clone()
+            if _is_inference(buffer):
+                module._buffers[name] = _same_memory(buffer)
+
+
+def _is_inference(tensor: Tensor | None) -> bool:
+    # subclasses are packed weights, which layers unpack into tensors of their own
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_inference()
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    """The tensor without its inference flag. Not a copy: ComfyUI keeps account of memory that it pinned."""
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 @contextlib.contextmanager
@@ -326,6 +287,12 @@ def _kept_for_backward(encoder: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _checkpoint(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    # ComfyUI notes in transformer_options where it is, which must read the same when the block runs again
+    kept = [dict(value) if isinstance(value, dict) else value for value in inputs]
+    return checkpoint(forward, *kept, use_reentrant=False)
 
 
 def _latent_size(model: ModelPatcher, width: int | None, height: int | None) -> tuple[int, int]:
@@ -367,30 +334,3 @@ def _autocast(device: torch.device, compute: torch.dtype, precision: str) -> tor
     if device.type == "cpu":
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-
-
-def _check_fits(delta: Delta, keys: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
-    made_for = delta.metadata.get("concept_ablation.base_model", "another model")
-    missing = [name for name in delta.layers if name not in keys]
-    if missing:
-        text_only = all(name.startswith(TEXT_PREFIXES) for name in missing)
-        advice = "connect the CLIP of its model" if text_only else f"use it with the model it was made for ({made_for})"
-        raise IncompatibleDelta(
-            f"The delta edits {len(missing)} layers that this model does not have, first {missing[0]}: {advice}."
-        )
-    for name, layer in delta.layers.items():
-        weight = weights[keys[name]]
-        if layer.weight is not None and not _same_matrix(tuple(layer.weight.shape), tuple(weight.shape)):
-            raise IncompatibleDelta(
-                f"The delta's {name} has the shape {tuple(layer.weight.shape)} but the model has "
-                f"{tuple(weight.shape)}: use it with the model it was made for ({made_for})."
-            )
-
-
-def _same_matrix(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether the shapes agree; a 1x1 convolution and the linear layer that does the same count as equal."""
-
-    def trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[:2] if shape[2:] == (1, 1) else shape
-
-    return trimmed(change) == trimmed(weight)

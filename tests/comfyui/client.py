@@ -118,6 +118,18 @@ class Client:
         """What the front end's Cancel button sends."""
         self.post("/interrupt", {})
 
+    def wait_until_idle(self, timeout: float = 120) -> None:
+        """Wait until no graph runs or waits, whoever queued it.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        end = time.monotonic() + timeout
+        while any(self.json("/queue").values()):
+            if time.monotonic() > end:
+                raise TimeoutError("a graph still runs")
+            time.sleep(0.1)
+
     def picture(self, shown: dict[str, str]) -> np.ndarray:
         """An image that a node shows, uint8 [H, W, 3]."""
         return np.asarray(Image.open(io.BytesIO(self.get("/view", **shown))).convert("RGB"))

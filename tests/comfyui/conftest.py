@@ -11,6 +11,7 @@ import pytest
 
 from concept_ablation.tests.comfyui.checkpoint import write_sd15
 from concept_ablation.tests.comfyui.client import Client, connected
+from concept_ablation.tests.comfyui.frontend import FrontEnd, opened
 from concept_ablation.tests.comfyui.server import ROOT, Server, running
 
 COMFYUI = Path(os.environ.get("CONCEPT_ABLATION_COMFYUI") or ROOT / ".comfyui" / "ComfyUI")
@@ -56,3 +57,14 @@ def chromium() -> str:
     if path is None:
         unavailable("there is no chromium: install it, or name its program in the environment variable CHROMIUM")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def front_end(
+    server: Server, client: Client, chromium: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FrontEnd]:
+    """The real front end; its screenshots are kept where CONCEPT_ABLATION_ARTEFACTS says, or with pytest's files."""
+    folder = os.environ.get("CONCEPT_ABLATION_ARTEFACTS")
+    artefacts = Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
+    with opened(server.address, client, chromium, artefacts) as shown:
+        yield shown

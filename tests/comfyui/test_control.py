@@ -64,7 +64,7 @@ def test_queueing_again_runs_nothing_and_a_new_strength_trains_nothing(client):
 
 @pytest.mark.parametrize("where", [DATASET, ABLATE])
 def test_cancel_stops_within_a_step_and_leaves_the_model_clean(client, pristine, where):
-    sizes = {"dataset": {"images": 8, "steps": 20, "seed": 5}, "ablate": {"steps": 40, "seed": 5}}
+    sizes = {"dataset": {"images": 4, "steps": 8, "seed": 5}, "ablate": {"steps": 10, "seed": 5}}
     made = trained(**sizes)
     node = next(name for name, node in made.graph.nodes.items() if node["class_type"] == where)
     pressed: list[float] = []
@@ -77,8 +77,7 @@ def test_cancel_stops_within_a_step_and_leaves_the_model_clean(client, pristine,
     run = client.run(made.graph, cancel)
     assert run.status == "interrupted"
     last = max(value for name, value, _ in run.bars if name == node)
-    batch = 8 if where == DATASET else 1  # a sampling step moves the bar by its images
-    assert pressed[0] <= last <= pressed[0] + 2 * batch
+    assert pressed[0] <= last <= pressed[0] + 2
     assert weights(client) == pristine
     assert client.run(trained(**sizes).graph).status == "success"
     assert weights(client) == pristine
@@ -88,7 +87,7 @@ def test_a_training_that_diverges_says_so_and_leaves_the_model_clean(client, pri
     run = client.run(trained(ablate={"learning_rate": 1.0, "steps": 60, "subset": "full"}).graph)
     assert run.status == "error"
     assert run.error["node_type"] == ABLATE
-    assert run.error["exception_type"].endswith("AblationError")
+    assert run.error["exception_type"].endswith(".Diverged")
     assert "learning rate" in run.message
     assert weights(client) == pristine
 

@@ -40,7 +40,9 @@ def test_every_input_has_a_tooltip_and_every_number_bounds(info):
             bounded = kind not in ("INT", "FLOAT") or {"min", "max", "default"} <= options.keys()
             if len(options.get("tooltip", "")) < 10 or not bounded:
                 wrong.append((name, key))
-        wrong += [(name, output) for output, tip in zip(node["output_name"], node["output_tooltips"]) if not tip]
+        wrong += [
+            (name, output) for output, tip in zip(node["output_name"], node["output_tooltips"], strict=True) if not tip
+        ]
     assert not wrong
     assert all(node["description"] and node["display_name"] for node in info.values())
 
