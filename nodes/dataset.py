@@ -20,7 +20,7 @@ from ..core.dataset import AblationDataset, DatasetSettings, build, make_plan
 from ..core.hosts.comfyui import opened
 from ..core.presets import recipe
 from ..core.samplers import SAMPLERS
-from .images import as_image
+from .images import as_image, as_picture, grid
 from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
 from .types import CATEGORY, PRESET, Concepts, Dataset, model_inputs, preset_input, seed_input, size_inputs
 
@@ -162,6 +162,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
             )
             latents = data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
             preview = _rough(model, latents) if vae is None else _decoded(denoiser, latents)
+            progress.show(grid([as_picture(image) for image in preview]))
         return io.NodeOutput(data, preview)
 
 

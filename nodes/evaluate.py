@@ -153,7 +153,9 @@ class ConceptAblationEvaluate(io.ComfyNode):
             file = report / DELTA_FILE
             delta_file.save(delta, file)
         write_report(report, report_inputs(denoiser, concepts, file, found))
-        sheet = picture_as_image(before_after_grid(found))
+        picture = before_after_grid(found)
+        progress.show(picture)
+        sheet = picture_as_image(picture)
         metrics = (report / "report.json").read_text(encoding="utf-8")
         text = table(found)
         show_text(cls.hidden.unique_id, text)

@@ -23,6 +23,11 @@ def as_image(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(batch)).float() / 255
 
 
+def as_picture(image: Tensor) -> Image.Image:
+    """One of an IMAGE, fp32 [H, W, 3] in [0, 1], as a picture."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy())
+
+
 def picture_as_image(picture: Image.Image) -> Tensor:
     """One picture as an IMAGE of one."""
     return as_image(np.array(picture.convert("RGB")))

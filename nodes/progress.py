@@ -66,6 +66,10 @@ class NodeProgress:
         if self._due("event", _EVENT_SECONDS) or finished:
             send_event(event(self._node_id, progress))
 
+    def show(self, picture: Image.Image) -> None:
+        """Leave `picture` on the node: the front end keeps the last preview, also when the node has finished."""
+        self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, MAX_PREVIEW_RESOLUTION))
+
     def send_pictures(self, before: np.ndarray, after: np.ndarray) -> None:
         """Show the same images before and after the edit, uint8 [N, H, W, 3], as thumbnails."""
         pictures = {"before": [data_uri(image) for image in before], "after": [data_uri(image) for image in after]}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .comfyui import HINTS, Hints
 from .diffusers import EMBEDDED_MODEL, load_hints, load_parts
@@ -115,16 +116,18 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _preview_factors(vae: VAE, latent_format: Any) -> tuple[list[list[float]], list[float]]:
-    """The linear map from this autoencoder's latents to colours, for previews: least squares over plain patches.
+    """The linear map from this autoencoder's latents to colours that fits best, for previews.
+
+    Fitted to smooth random latents, as those of pictures are, and the mean colour of what each cell of them decodes to.
 
     Returns:
         Factors [4][3] and bias [3], for colours in [-1, 1].
     """
-    steps = torch.linspace(0, 1, 4)
-    colours = torch.cartesian_prod(steps, steps, steps)
-    # eight pixels are one latent; the colours stand beside one another in one picture
-    patches = colours.view(8, 8, 3).repeat_interleave(32, 0).repeat_interleave(32, 1)
-    latents = latent_format.process_in(vae.encode(patches[None]).float())[0, :, 2::4, 2::4].flatten(1).t()
-    known = torch.cat((latents, torch.ones(len(latents), 1)), dim=1)
-    fitted = torch.linalg.lstsq(known, colours * 2 - 1).solution
+    cells = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    # as wide as latents are, which averaging between cells narrows
+    latents = 1.3 * F.interpolate(cells, scale_factor=4, mode="bilinear")
+    images = vae.decode(latent_format.process_out(latents)).float().cpu().permute(0, 3, 1, 2)
+    colours = F.avg_pool2d(images, 8).permute(0, 2, 3, 1).reshape(-1, 3) * 2 - 1
+    known = latents.permute(0, 2, 3, 1).reshape(-1, 4)
+    fitted = torch.linalg.lstsq(torch.cat((known, torch.ones(len(known), 1)), dim=1), colours).solution
     return fitted[:-1].tolist(), fitted[-1].tolist()

@@ -69,7 +69,7 @@ def build() -> Made:
 @pytest.fixture(scope="module")
 def made(client):
     found = build()
-    found.run = client.run(found.ablation.graph, timeout=600)
+    found.run = client.run(found.ablation.graph, timeout=1200)
     assert found.run.status == "success", found.run.error
     return found
 

@@ -13,6 +13,14 @@ SMALL = {
     "ConceptAblationAblate": {"steps": 40},
     "ConceptAblationEvaluate": {"prompts": 2, "images_per_prompt": 4, "steps": 8},
 }
+# What the embedded draft draws well enough for the judge to say that it is gone; it neither tells styles apart nor has
+# it memorized its memorized images, so those workflows can only be seen to run.
+JUDGED = ("ablate_instance", "ablate_several_concepts")
+TINY = {
+    "ConceptAblationBuildDataset": {"images": 8, "preserve": 8, "steps": 4, "keep_on_disk": False},
+    "ConceptAblationAblate": {"steps": 4},
+    "ConceptAblationEvaluate": {"prompts": 1, "images_per_prompt": 2, "steps": 4},
+}
 # Random weights can only show that it runs.
 _SIZE = {"width": 128, "height": 128}
 RANDOM = {
