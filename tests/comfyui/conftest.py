@@ -43,6 +43,12 @@ def client(server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
+def comfyui(server: Server) -> tuple[Path, Path]:
+    """The folders of the server's ComfyUI and of its dependencies."""
+    return COMFYUI, DEPENDENCIES
+
+
+@pytest.fixture(scope="session")
 def sd15(server: Server) -> str:
     """The name of a small random SD1.5 checkpoint in the server's checkpoints folder."""
     name = "sd15-small.safetensors"

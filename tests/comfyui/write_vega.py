@@ -48,7 +48,7 @@ def main(path: str) -> None:
                 continue
             if tensor.dim() < 2:
                 # norms and biases as at the start of a training
-                is_gain = name.endswith("weight") or name.endswith("logit_scale")
+                is_gain = name.endswith(("weight", "logit_scale"))
                 tensor.fill_(1.0 if is_gain else 0.0)
             else:
                 tensor.copy_(0.02 * torch.randn(tensor.shape, generator=rng))
