@@ -30,12 +30,16 @@ class FrontEnd:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     def open(self, workflow: dict[str, Any]) -> None:
-        """Load a workflow as if its file had been dropped on the canvas, and show all of it."""
+        """Load a workflow as if its file had been dropped on the canvas."""
         # loading changes the object that it is given
         self.page.evaluate(
             "workflow => app.loadGraphData(workflow, true, true, 'test')", json.loads(json.dumps(workflow))
         )
+
+    def fit(self) -> None:
+        """Show the whole workflow."""
         self.page.keyboard.press(".")
+        self.page.wait_for_timeout(1000)  # it glides there
 
     def unknown_nodes(self) -> list[str]:
         """Types of nodes of the open workflow that the front end does not know."""
@@ -65,10 +69,11 @@ class FrontEnd:
         assert changed, f"the workflow has no {node_type}"
 
     def look_at(self, node_type: str) -> None:
-        """Bring the first node of a type into view, large."""
+        """Bring the first node of a type into view at full size: zoomed out, the front end hides the chart."""
         self.page.evaluate(
             """type => {
                 const node = app.graph.nodes.find(node => node.type === type);
+                app.canvas.ds.scale = 1;
                 app.canvas.centerOnNode(node);
                 app.canvas.setDirty(true, true);
             }""",

@@ -34,6 +34,7 @@ def test_there_are_workflows_for_every_use():
 def test_a_workflow_runs_to_its_end(front_end, client, server, request, file):
     front_end.open(json.loads(file.read_text(encoding="utf-8")))
     assert front_end.unknown_nodes() == front_end.alerts() == []
+    front_end.fit()
     front_end.screenshot(f"workflow-{file.stem}")
     prompt = front_end.prompt()
     own = of_type(prompt, "CheckpointLoaderSimple")
