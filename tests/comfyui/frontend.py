@@ -51,6 +51,10 @@ class FrontEnd:
         """Messages that pop up, as for a workflow that is not of the front end's format."""
         return self.page.locator(".p-toast-message").all_inner_texts()
 
+    def wait_for_quiet(self) -> None:
+        """Wait until messages of what was done before, such as a Cancel, have gone."""
+        self.page.wait_for_function("() => !document.querySelector('.p-toast-message')", timeout=START_MILLISECONDS)
+
     def prompt(self) -> dict[str, Any]:
         """The open workflow in API form, as the Run button would queue it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")

@@ -17,6 +17,7 @@ WAIT = 120_000
 @pytest.fixture
 def workflow(front_end):
     """An example workflow in the front end, made small."""
+    front_end.wait_for_quiet()
     front_end.open(json.loads((WORKFLOWS / "ablate_instance.json").read_text(encoding="utf-8")))
     assert front_end.unknown_nodes() == front_end.alerts() == []
     front_end.set(DATASET, images=8, preserve=0, steps=4, keep_on_disk=False)
