@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 has a slow one, which wants other files
 
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
@@ -254,13 +256,20 @@ def _from_folder(location: str, folder: Path | None) -> Parts:
 
 
 def _text_encoder(location: str, folder: Path | None, options: Mapping[str, Any]) -> CLIPTextModel:
+    """The text encoder of a local folder by our own reading: its tensors may be packed, and transformers 4 would leave
+    those that transformers 5 named at random values, with no more than a warning.
+    """
     weights = None if folder is None else folder / "text_encoder" / "model.safetensors"
-    packed = read_packed(weights) if weights is not None and weights.is_file() else None
-    if packed is None:
+    if weights is None or not weights.is_file():
         return CLIPTextModel.from_pretrained(location, subfolder="text_encoder", **options)
     model = CLIPTextModel(CLIPTextConfig.from_pretrained(location, subfolder="text_encoder"))
-    names = {name.removeprefix("text_model."): tensor for name, tensor in packed.items()}
-    model.load_state_dict(fit_text_names(names, model))
+    tensors = read_packed(weights) or load_file(weights)
+    names = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    missing, _ = model.load_state_dict(fit_text_names(names, model), strict=False)
+    # transformers before 4.31 keeps these numbers, which follow from the configuration, among the weights
+    missing = [name for name in missing if not name.endswith("position_ids")]
+    if missing:
+        raise KeyError(f"{missing[0]} is missing")
     return model
 
 
