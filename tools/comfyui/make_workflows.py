@@ -74,16 +74,15 @@ def ablation(
     both = {"model": model["model"], "clip": model["clip"]}
     build = flow.group("2. Images to train on")
     data = build.add("BuildDataset", **both, concepts=concepts["concepts"], vae=model["vae"], **dataset)
-    build.add("PreviewImage", "Some of the images", images=data["preview"])
     train = flow.group("3. Ablation")
     edit = train.add("Ablate", **both, dataset=data["dataset"], vae=model["vae"], **training)
-    train.add("PreviewImage", "Loss", (380, 300), images=edit["loss plot"])
     result = flow.group("4. Result")
     made = {"concepts": concepts["concepts"], "delta": edit["delta"]}
     found = result.add("Evaluate", **both, vae=model["vae"], **made, folder=name, **evaluation)
     result.column()
     result.add("PreviewImage", "Before and after", (640, 400), images=found["before and after"])
     result.add("SaveDelta", delta=edit["delta"], name=name)
+    result.add("PreviewImage", "Loss", (640, 290), images=edit["loss plot"])
     return edit, result
 
 
@@ -93,7 +92,7 @@ def instance(flow: Workflow) -> None:
         "## Tropical fish → fish\n\n"
         "Takes *tropical fish* out of Emoji Diffusion, the small model that comes with this pack: asked for one, it "
         "draws some other fish. The neighbours in *surrounding* must stay.\n\n"
-        "**Press Run.** About two minutes on two CPU cores. The chart on *Ablate Concept* moves while it trains, then "
+        "**Press Run.** One to two minutes on two CPU cores. The chart on *Ablate Concept* moves while it trains, then "
         "pictures before and after appear below it.\n\n"
         "**Afterwards:** *Evaluate Ablation* says how many pictures the judge still takes for the target; the delta is "
         f"in the loras folder and the report in `output/concept_ablation`. Go on with *{SAVED}*.\n\n"
@@ -113,7 +112,7 @@ def style(flow: Workflow) -> None:
         "Of a style the anchor is the plain medium: here *emoji*; *painting* for Van Gogh. Images are drawn without "
         "the style, and what is learned is to draw the same when a prompt adds “in the style of twemoji”. Other "
         "styles, in *surrounding*, must stay.\n\n"
-        "**Press Run.** About two minutes on two CPU cores.\n\n"
+        "**Press Run.** One to two minutes on two CPU cores.\n\n"
         "**Afterwards:** compare the rows of the sheet *Before and after*. A judge tells styles apart less well "
         "than things, so look at the pictures too.\n\n"
         "**Other styles of this model:** noto, fluent, blob, flat, firefox, emojione.\n\n"
@@ -133,7 +132,7 @@ def memorized(flow: Workflow) -> None:
         "something like it in words that do not bring it back. All weights of the denoiser are trained (subset "
         "*full*), as in the paper, so the delta is as large as the denoiser, and *learning_rate* is a fifth of the "
         "preset's.\n\n"
-        "**Press Run.** About three minutes on two CPU cores.\n\n"
+        "**Press Run.** About two minutes on two CPU cores.\n\n"
         "**Afterwards:** in the sheet *Before and after* the target's pictures should differ from one another, as "
         "the anchor's do.\n\n"
         "**Your own image:** its caption is the target; put further captions that bring it back into *captions*, and "
@@ -168,7 +167,7 @@ def several(flow: Workflow) -> None:
         "## Two concepts, one delta\n\n"
         "The two *Concept to Ablate* nodes are chained, so one dataset and one training serve both, and one delta "
         "removes both. Chain more nodes for more concepts.\n\n"
-        "**Press Run.** About three minutes on two CPU cores.\n\n"
+        "**Press Run.** About two minutes on two CPU cores.\n\n"
         "**As a LoRA:** *Ablation Delta → LoRA* compresses the delta and says how much of it is kept; higher ranks "
         "keep more.\n\n"
         "**Trained one by one:** deltas of one model add up. Load each with *Load Ablation Delta*, connect them to "
@@ -343,7 +342,8 @@ def _card(title: str, below: str) -> Image.Image:
 
 def _save(picture: Image.Image, name: str) -> None:
     path = FOLDER / f"{name}.jpg"
-    ImageOps.contain(picture, (WIDTH, WIDTH), Image.Resampling.LANCZOS).save(path, quality=88, optimize=True)
+    framed = ImageOps.pad(picture, (WIDTH, HEIGHT), Image.Resampling.LANCZOS, "white")
+    framed.save(path, quality=88, optimize=True)
     print(path)
 
 

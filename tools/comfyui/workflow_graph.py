@@ -21,9 +21,9 @@ CONTROL = "fixed"
 TITLE, GROUP_TITLE, PAD, GAP_X, GAP_Y, GROUP_GAP = 30, 40, 20, 40, 30, 40
 SIZES = {
     "ConceptAblationConcept": (340, 290),
-    "ConceptAblationBuildDataset": (340, 600),
+    "ConceptAblationBuildDataset": (340, 740),
     "ConceptAblationAblate": (380, 660),
-    "ConceptAblationEvaluate": (340, 780),
+    "ConceptAblationEvaluate": (340, 940),
     "ConceptAblationSaveDelta": (640, 110),
     "ConceptAblationLoadDelta": (340, 146),
     "ConceptAblationToLora": (340, 130),
@@ -33,7 +33,6 @@ SIZES = {
     "EmptyLatentImage": (340, 106),
     "KSampler": (300, 262),
     "VAEDecode": (300, 46),
-    "PreviewImage": (340, 390),
     "SaveImage": (320, 372),
 }
 """Width and height of each type of node; a node that shows pictures has room for them."""
