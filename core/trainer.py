@@ -130,9 +130,10 @@ def train(
             _check(losses)
             optimizer.zero_grad(set_to_none=True)
             ((objective + extra) * denoiser.gradient_scale).backward()
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(denoiser.gradient_scale)
+            if denoiser.gradient_scale != 1:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(denoiser.gradient_scale)
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             schedule.step()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from comfy import model_base, supported_models
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import AutoencoderTiny
 
 from concept_ablation.core import dataset
 from concept_ablation.core.concept import Concept
@@ -28,6 +28,7 @@ from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.hosts.single_file import ldm_tensors
 from concept_ablation.core.samplers import SampleSettings, draw_images, sample_latents
 from concept_ablation.core.trainer import TrainSettings, train
+from concept_ablation.tests.comfyui.checkpoint import sd15_parts
 
 PROMPTS = ["a tropical fish", "a rose by flat on a blue background"]
 FISH = Concept("tropical fish", "fish")
@@ -73,22 +74,7 @@ def random_delta(denoiser, size: float = 0.02) -> Delta:
 
 def random_sd15(**options: object):
     """A stock MODEL and CLIP of random weights in the SD 1.5 layout, two levels deep, with its full-size CLIP-L."""
-    from diffusers import AutoencoderTiny, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(320, 320),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-    )
-    config = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
-    )
-    tensors = ldm_tensors(unet, CLIPTextModel(config), AutoencoderTiny())
+    tensors = ldm_tensors(*sd15_parts(), AutoencoderTiny())
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(tensors, model_options=options)
     return model, clip, vae

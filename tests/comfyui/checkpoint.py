@@ -12,8 +12,8 @@ from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
 from concept_ablation.core.hosts.single_file import write_single_file
 
 
-def write_sd15(path: Path, seed: int = 0) -> None:
-    """320 and 320 channels, one residual block each: 44 M weights in the U-Net, a full-size CLIP-L, 340 MB in fp16."""
+def sd15_parts(seed: int = 0) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """320 and 320 channels, one residual block each: 44 M weights in the U-Net, and a full-size CLIP-L."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -32,5 +32,10 @@ def write_sd15(path: Path, seed: int = 0) -> None:
         vocab_size=49408,
         projection_dim=768,
     )
-    vae = AutoencoderTiny.from_pretrained(EMBEDDED_MODEL, subfolder="vae")
-    write_single_file(path, unet, CLIPTextModel(text), vae)
+    return unet, CLIPTextModel(text)
+
+
+def write_sd15(path: Path, seed: int = 0) -> None:
+    """The parts and the embedded model's autoencoder as one file, 340 MB in fp16."""
+    unet, text_encoder = sd15_parts(seed)
+    write_single_file(path, unet, text_encoder, AutoencoderTiny.from_pretrained(EMBEDDED_MODEL, subfolder="vae"))
