@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo`.
+"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo | ui`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -21,7 +21,24 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from .cli_options import (
+    NETWORK_JUDGE,
+    Anchors,
+    Device,
+    EvalPrompts,
+    EvalSeeds,
+    JudgeOption,
+    KindOption,
+    Model,
+    Output,
+    Precision,
+    Prediction,
+    Seed,
+    Surrounding,
+    Targets,
+)
 from .core.errors import AblationError
+from .web.app import ui
 
 if TYPE_CHECKING:
     from .core.ablation import Task
@@ -31,7 +48,6 @@ if TYPE_CHECKING:
     from .core.progress import Progress, ProgressCallback
 
 OUT_OF_MEMORY = "Out of memory: lower --batch, add --checkpointing, or choose a smaller subset."
-NETWORK_JUDGE = "ViT-B-32/laion2b_s34b_b79k"
 
 app = typer.Typer(
     help="Make a text-to-image model stop drawing a concept, and save the edit as a delta that loads like a LoRA.",
@@ -40,37 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(markup=False, emoji=False, soft_wrap=True)
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Diffusers folder, SD 1.x .safetensors file or hub id.", show_default="the embedded Emoji Diffusion"
-    ),
-]
-Targets = Annotated[list[str], typer.Option("--target", help="The concept to remove; give it again for several.")]
-Anchors = Annotated[list[str], typer.Option("--anchor", help="What to draw instead; one for each target.")]
-Surrounding = Annotated[
-    list[str] | None, typer.Option(help="A neighbour to preserve and to measure; give it again for several.")
-]
-KindOption = Annotated[str, typer.Option(help="instance, style or memorized.")]
-Output = Annotated[Path, typer.Option(help="Folder for the results; created if it does not exist.")]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Random seed: the same one gives the same result on the same machine.")
-]
-JudgeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="CLIP model that measures: an open_clip name such as ViT-L-14/openai, or a local open_clip folder.",
-        show_default=f"the embedded judge for the embedded model, else {NETWORK_JUDGE}",
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU if there is one")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
-Prediction = Annotated[
-    str | None, typer.Option(help="epsilon or v_prediction.", show_default="what the model's files say")
-]
-EvalPrompts = Annotated[int, typer.Option(help="Held-out prompts for each concept that is measured.")]
-EvalSeeds = Annotated[int, typer.Option(help="Images for each of these prompts.")]
 
 
 @app.command()
@@ -270,6 +255,9 @@ def demo(
         chosen = recipe("balanced", denoiser)
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
     _show(found, output)
+
+
+app.command()(ui)
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 USAGE = """\
 usage: python install.py [-v]                    add what is missing to this Python
        python install.py [-v] demo [options]     set up .venv beside this file and run the demonstration in it
-       python install.py [-v] test [options]     set up .venv and a ComfyUI in .comfyui, then run ruff and pytest
+       python install.py [-v] test [options]     set up .venv, a ComfyUI in .comfyui and an older gradio in
+                                                 .gradio4, then run ruff and pytest
 
 -v shows pip's output (it is shown in any case when pip fails). Options after demo or test are passed on, so
 `python install.py demo --help` lists the demonstration's own. To use a torch build of your choice in .venv, create
@@ -341,7 +342,8 @@ def commands(task: str, python: Path, extra: list[str]) -> list[list[str]]:
     if task == "demo":
         steps = [["concept_ablation.cli", "demo"]]
     else:
-        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["tools.comfyui.get_comfyui"], ["pytest"]]
+        made = [["tools.comfyui.get_comfyui"], ["tools.web.get_gradio"]]
+        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], *made, ["pytest"]]
     return [[str(python), "-m", *step] for step in (*steps[:-1], [*steps[-1], *extra])]
 
 

@@ -1,6 +1,6 @@
 """Peak memory of Ablate Concept on a model of Stable Diffusion 1.5's size in ComfyUI, with and without checkpointing.
 
-    python tools/comfyui/get_comfyui.py
+    python -m tools.comfyui.get_comfyui
     python benchmarks/comfyui_memory.py
 
 The weights are random, which memory does not mind; 512 x 512 pixels, cross-attention keys and values, on the CPU. Each

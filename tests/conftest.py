@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTokenizerFast as CLIPTokenizer
 
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts, load_denoiser
 

@@ -16,7 +16,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers as from_kohya
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTokenizerFast as CLIPTokenizer
 
 from concept_ablation.core.delta import Delta, LayerDelta, LowRank, zeros_in_rows
 from concept_ablation.core.denoiser import Conditioning, true_direction

@@ -30,7 +30,7 @@ def unavailable(reason: str) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A ComfyUI server with the pack and the probe nodes."""
     if not (COMFYUI / "main.py").is_file():
-        unavailable(f"there is no ComfyUI in {COMFYUI}: run python tools/comfyui/get_comfyui.py")
+        unavailable(f"there is no ComfyUI in {COMFYUI}: run python -m tools.comfyui.get_comfyui")
     with running(COMFYUI, DEPENDENCIES, tmp_path_factory.mktemp("comfyui")) as started:
         yield started
 

@@ -7,18 +7,14 @@ standard library and pip are used. Running it again does nothing unless the vers
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from importlib import metadata
 from pathlib import Path, PurePosixPath
+
+from tools.provision import ProvisionError, installed_versions, main, normalized, pip, say
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / ".comfyui"
@@ -35,10 +31,6 @@ TORCHAUDIO = "torchaudio==2.11.0"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs")
 
 
-class ProvisionError(Exception):
-    """What went wrong and what to do, in one sentence."""
-
-
 def comfyui_folder(folder: Path) -> Path:
     """Where ComfyUI's main.py is, below the folder that `provide` filled."""
     return folder / "ComfyUI"
@@ -49,51 +41,15 @@ def dependencies_folder(folder: Path) -> Path:
     return folder / "deps"
 
 
-def provide(folder: Path) -> bool:
-    """Fill `folder` with ComfyUI and its dependencies. Returns whether there was anything to do.
-
-    Everything is made in a temporary folder beside it and renamed, so that a run that is cut short leaves nothing
-    that looks complete.
+def fill(folder: Path, scratch: Path) -> None:
+    """Put ComfyUI and what it needs into `folder`.
 
     Raises:
-        ProvisionError: `folder` holds something else, or pip failed.
+        ProvisionError: the wheel holds no ComfyUI, or pip failed.
     """
-    stamp = current_stamp()
-    stamp_file = folder / "stamp"
-    if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
-        return False
-    if folder.exists() and not stamp_file.is_file():
-        raise ProvisionError(f"{folder} is there and was not made by this program: give another folder, or delete it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as temporary:
-        new = Path(temporary) / "new"
-        fetch_comfyui(comfyui_folder(new))
-        requirements = read_requirements(comfyui_folder(new) / "requirements.txt")
-        install(requirements, dependencies_folder(new), Path(temporary))
-        (new / "stamp").write_text(stamp, encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, Path(temporary) / "old")
-        os.replace(new, folder)
-    return True
-
-
-def current_stamp() -> str:
-    """A hash of all that decides what the folder holds: this program, and what is installed in this Python."""
-    installed = sorted(installed_versions().items())
-    parts = [sys.version, Path(__file__).read_text(encoding="utf-8"), json.dumps(installed)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    """Normalized name -> version of what is installed in this Python."""
-    return {
-        normalized(item.metadata["Name"]): item.version for item in metadata.distributions() if item.metadata["Name"]
-    }
-
-
-def normalized(name: str) -> str:
-    """A distribution's name as packaging tools compare it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    fetch_comfyui(comfyui_folder(folder))
+    requirements = read_requirements(comfyui_folder(folder) / "requirements.txt")
+    install(requirements, dependencies_folder(folder), scratch)
 
 
 def fetch_comfyui(destination: Path) -> None:
@@ -147,46 +103,5 @@ def install(requirements: list[str], destination: Path, scratch: Path) -> None:
         pip("install", "--no-deps", "--no-warn-script-location", "--target", str(destination), *missing)
 
 
-def pip(*arguments: str) -> None:
-    """Run pip of this Python, quietly unless it fails.
-
-    Raises:
-        ProvisionError: it failed; what it printed has been shown.
-    """
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
-    )
-    if result.returncode:
-        print(result.stdout, file=sys.stderr)
-        raise ProvisionError(
-            f"pip {arguments[0]} failed (its message is above): check the connection and the free disk space and run "
-            "this again."
-        )
-
-
-_started = time.monotonic()
-
-
-def say(message: str) -> None:
-    """Print a line with the seconds since the start."""
-    print(f"[{time.monotonic() - _started:4.0f} s] {message}", flush=True)
-
-
-def main() -> int:
-    """Parse the command line and fill the folder. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Make the ComfyUI that the tests start.")
-    parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT, help=f"where (default: {DEFAULT})")
-    folder = parser.parse_args().folder.resolve()
-    try:
-        made = provide(folder)
-    except (ProvisionError, OSError) as error:
-        print(f"ComfyUI for the tests: {error}", file=sys.stderr)
-        return 1
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"{'made' if made else 'is up to date'}: {folder} ({size / 1e6:.0f} MB)")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("The ComfyUI that the tests start", DEFAULT, Path(__file__), fill))

@@ -31,6 +31,7 @@ FLAT_SHARE = 0.5
 """Part of the time before the learning rate begins to fall."""
 
 _LOG_EVERY = 20
+_PACE_WEIGHT = 0.1
 _RNG = "rng"
 _PLAN = ("step", "decay_from", "total")
 
@@ -80,6 +81,8 @@ class _Run:
     total: int = 0
     """Number of steps in all; 0 while that is not decided."""
     seconds: float = 0.0
+    pace: float = 0.0
+    """Seconds of a step, as a moving average of this session; 0 before its first step."""
 
     @property
     def finished(self) -> bool:
@@ -125,8 +128,11 @@ def train(
                 _save(run, folder / BEFORE_DECAY, undecided=True)
             if run.finished:
                 break
+            stepped = time.monotonic()
             loss = _step(run, stage)
-            run.seconds = done_before + time.monotonic() - began
+            now = time.monotonic()
+            run.pace += (now - stepped - run.pace) * (_PACE_WEIGHT if run.pace else 1)
+            run.seconds = done_before + now - began
             if on_step is not None:
                 on_step(run.step, loss)
             if run.step % _LOG_EVERY == 0:
@@ -182,10 +188,11 @@ def _plan(run: _Run, budget: Budget) -> None:
         return
     if budget.steps is not None:
         run.decay_from, run.total = max(1, int(budget.steps * FLAT_SHARE)), budget.steps
-    elif budget.minutes is not None and run.seconds >= FLAT_SHARE * budget.minutes * 60 and run.step:
-        # at least a tenth for the fall, if the budget was cut after most of it was spent
-        share = max(budget.minutes * 60 / run.seconds, 1.1)
-        run.decay_from, run.total = run.step, max(run.step + 1, round(run.step * share))
+    elif budget.minutes is not None and run.pace and run.seconds >= FLAT_SHARE * budget.minutes * 60:
+        # the pace of now, for earlier sessions may have shared the machine; at least a tenth for the fall, if the
+        # budget was cut after most of it was spent
+        left = max(budget.minutes * 60 - run.seconds, 0.1 * run.seconds)
+        run.decay_from, run.total = run.step, run.step + max(1, round(left / run.pace))
 
 
 def _rate(run: _Run, settings: Optimization) -> float:

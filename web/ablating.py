@@ -1,0 +1,169 @@
+"""The two jobs of the page: an ablation (dataset, training, delta, evaluation, report) and drawing pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..core.ablation import ablate, report_inputs
+from ..core.denoiser import Denoiser
+from ..core.errors import AblationError, Interrupted
+from ..core.evaluation import Evaluation, evaluate, make_jobs
+from ..core.files import require_writable
+from ..core.metrics import Judge
+from ..core.presets import Recipe, recipe
+from ..core.progress import Progress, ProgressCallback
+from ..core.report import write_report
+from ..core.samplers import SampleSettings
+from ..core.subsets import select
+from .form import Request
+from .host import Host
+from .jobs import FieldError, Job
+from .library import name_for, safe_name, save_new
+
+STAGES = ("Drawing the dataset", "Training", "Drawing before", "Drawing after")
+"""The phases of an ablation, as core reports them."""
+PREVIEW_SHARE = 0.05
+"""At most this share of a job's time goes into showing what it draws."""
+PREVIEWED = 4
+"""Pictures of a preview."""
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """What an ablation leaves."""
+
+    delta: Path
+    """The saved delta, in the host's folder."""
+    folder: Path
+    """Report, contact sheet and dataset."""
+    evaluation: Evaluation = field(repr=False)
+    seconds: float = 0.0
+
+    @property
+    def files(self) -> list[Path]:
+        """What there is to download."""
+        return [self.delta, self.folder / "report.html", self.folder / "before_after.png"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one prompt, uint8 [N, height, width, 3], without and (if any delta was applied) with the deltas."""
+
+    prompt: str
+    seeds: tuple[int, ...]
+    plain: np.ndarray = field(repr=False)
+    edited: np.ndarray | None = field(repr=False)
+
+
+def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
+    """The work of an ablation job."""
+
+    def work(job: Job) -> AblationResult:
+        start = time.perf_counter()
+        require_writable(host.delta_folder)
+        require_writable(host.output_folder)
+        with ExitStack() as stack:
+            denoiser, judge = _load(host, request.model, stack)
+            made_by = _recipe(request, denoiser)
+            concepts, surrounding = [request.task.concept], [request.task.surrounding]
+            try:
+                make_jobs(denoiser, concepts, surrounding, request.evaluation)
+            except AblationError as error:
+                raise FieldError("eval_prompts", str(error)) from error
+            folder = _folder(host, request, made_by, denoiser)
+            on_progress = _watch(host, job, denoiser)
+            stack.callback(host.show, None)
+            made = ablate(denoiser, [request.task], made_by, directory=folder / "dataset", on_progress=on_progress)
+            path = save_new(made.delta, host.delta_folder, request.name or name_for(request.task.concept))
+            job.saved = path.name
+            found = evaluate(denoiser, made.delta, concepts, surrounding, judge, request.evaluation, on_progress)
+            write_report(folder, report_inputs(denoiser, [request.task], path, found, recipe=made_by, made=made))
+        return AblationResult(path, folder, found, time.perf_counter() - start)
+
+    return work
+
+
+def drawing(
+    host: Host, model: str, prompt: str, seed: int, count: int, settings: SampleSettings
+) -> Callable[[Job], Pictures]:
+    """The work of a job that draws `count` pictures of a prompt, with consecutive seeds."""
+
+    def work(job: Job) -> Pictures:
+        seeds = tuple(range(seed, seed + count))
+        on_progress = _watch(host, job, None)
+        plain, edited = host.draw(model, [prompt] * count, seeds, settings, on_progress)
+        return Pictures(prompt, seeds, plain, edited)
+
+    return work
+
+
+def _load(host: Host, model: str, stack: ExitStack) -> tuple[Denoiser, Judge]:
+    try:
+        denoiser = stack.enter_context(host.denoiser(model))
+        return denoiser, host.judge(model, denoiser)
+    except AblationError as error:
+        raise FieldError("model", str(error)) from error
+
+
+def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
+    dataset = dict(request.dataset)
+    if request.sampling is not None:
+        drawn = recipe(request.preset, denoiser, request.task.concept.kind).dataset.sample
+        dataset["sample"] = SampleSettings(**{**asdict(drawn), "steps": request.sampling})
+    made = recipe(
+        request.preset,
+        denoiser,
+        request.task.concept.kind,
+        objective=request.objective,
+        subset=request.subset,
+        seed=request.seed,
+        training=dict(request.training),
+        dataset=dataset,
+    )
+    try:
+        select(made.training.subset, denoiser)
+    except AblationError as error:
+        raise FieldError("subset", str(error)) from error
+    return made
+
+
+def _folder(host: Host, request: Request, made_by: Recipe, denoiser: Denoiser) -> Path:
+    """One folder for each set of settings and model, so that a cancelled run goes on with the pictures it has."""
+    facts = [asdict(request.task), asdict(made_by), asdict(request.evaluation), denoiser.fingerprint()]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
+    return host.output_folder / "runs" / f"{safe_name(request.task.concept.target)[:40]}-{digest}"
+
+
+def _watch(host: Host, job: Job, denoiser: Denoiser | None) -> ProgressCallback:
+    """The callback of a job: note, show, preview, stop."""
+    shown, cost = 0.0, 0.0
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal shown, cost
+        if host.interrupted():
+            raise Interrupted("Interrupted.")
+        job.step(progress)
+        host.show(progress)
+        now = time.perf_counter()
+        if denoiser is None or progress.latents is None or now - shown < max(1.0, cost / PREVIEW_SHARE):
+            return
+        job.preview = _decode(denoiser, progress)
+        shown = time.perf_counter()
+        cost = shown - now
+
+    return on_progress
+
+
+@torch.no_grad()
+def _decode(denoiser: Denoiser, progress: Progress) -> np.ndarray:
+    images = denoiser.vae.decode(progress.latents[:PREVIEWED])
+    return (images.permute(0, 2, 3, 1) * 255).round().to("cpu", torch.uint8).numpy()

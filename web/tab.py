@@ -1,0 +1,70 @@
+"""The tab: pages, and what they share (the host, the queue of jobs, the browser's session). Built for any `Host`."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import gradio as gr
+
+from . import views
+from .ablate_page import AblatePage
+from .compat import private
+from .draw_page import DrawPage
+from .host import Host
+from .jobs import Runner
+from .saved_page import SavedPage
+
+TITLE = "Concept Ablation"
+_INTRO = (
+    '<div class="ca-title"><h1>Concept Ablation</h1><p>Take a concept out of a text-to-image model. The model keeps '
+    "its weights; the edit is a small file that loads like a LoRA.</p></div>"
+)
+# The key under which a browser finds its own jobs again after a reload; only this browser knows it.
+_SESSION_JS = """() => {
+  try {
+    const name = "concept-ablation-session";
+    let key = localStorage.getItem(name) || "";
+    if (!/^[0-9a-f]{32}$/.test(key)) {
+      key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, "0")).join("");
+      localStorage.setItem(name, key);
+    }
+    return [key];
+  } catch (error) { return [""]; }
+}"""
+
+
+def build_tab(host: Host, *, heading: bool = False, **blocks_arguments: Any) -> gr.Blocks:
+    """The Blocks of the tab.
+
+    Args:
+        host: the program around it.
+        heading: whether the page says its name, which a tab of a WebUI need not.
+        blocks_arguments: further arguments of `gr.Blocks`.
+    """
+    runner = Runner()
+    with gr.Blocks(title=TITLE, analytics_enabled=False, **blocks_arguments) as blocks:
+        gr.HTML(views.style(), elem_classes="ca-style")
+        if heading:
+            gr.HTML(_INTRO, elem_classes="ca-heading")
+        session, key = gr.State(""), gr.Textbox(visible=False)
+        with gr.Tabs(elem_classes="ca-page"):
+            with gr.Tab("Ablate"):
+                ablate = AblatePage(host, runner, session)
+            with gr.Tab("Saved deltas") as saved_tab:
+                saved = SavedPage(host)
+            if host.draws:
+                with gr.Tab("Try it") as draw_tab:
+                    draw = DrawPage(host, runner, session, ablate.model)
+                draw_tab.select(draw.refresh, None, draw.shown, show_progress="hidden", **private())
+        ablate.connect()
+        saved.connect()
+        saved_tab.select(saved.refresh, saved.choice, saved.listing, show_progress="hidden", **private())
+        begun = blocks.load(_session, key, session, js=_SESSION_JS, show_progress="hidden", **private())
+        begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, show_progress="hidden", **private())
+    return blocks
+
+
+def _session(key: str | None) -> str:
+    """The browser's own key, or a new one if it has none."""
+    return key if key and len(key) == 32 and key.isalnum() else uuid.uuid4().hex
