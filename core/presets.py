@@ -63,9 +63,16 @@ def recipe(
     train = replace(made.training, seed=seed, learning_rate=made.training.learning_rate * denoiser.learning_rate_scale)
     if objective is not None:
         train = replace(train, objective=objective)
-    train = replace(train, **(training or {}))
+    train = replace(train, **_with_fewer_preserved(made.training, training or {}))
     source = "target" if train.objective in TARGET_IMAGES else "anchor"
     return Recipe(replace(made.dataset, seed=seed, source=source, **(dataset or {})), train)
+
+
+def _with_fewer_preserved(made: TrainSettings, training: dict[str, Any]) -> dict[str, Any]:
+    """A smaller batch is asked for to save memory, so the rows that preserve, in the same step, shrink with it."""
+    if "batch" not in training or "preserve_batch" in training:
+        return training
+    return {**training, "preserve_batch": min(made.preserve_batch, training["batch"])}
 
 
 def _paper(kind: Kind, subset: str | None) -> Recipe:

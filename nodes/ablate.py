@@ -76,7 +76,8 @@ class ConceptAblationAblate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Images in each training step: fewer need less memory. 0 is the preset's.",
+                    tooltip="Images in each training step, and at most as many more that preserve: fewer need less "
+                    "memory. 0 is the preset's.",
                 ),
                 seed_input(),
                 io.Boolean.Input(

@@ -82,6 +82,13 @@ class ConceptAblationLoadDelta(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        """Whether the file is there; ComfyUI then leaves out its own check of the list, which names no remedy."""
+        if folder_paths.get_full_path("loras", file) is None:
+            return f"There is no {file} in the loras folder: choose another file, or save one under this name first."
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, file: str, **kwargs: Any) -> list[int]:
         stat = _lora_path(file).stat()
         return [stat.st_mtime_ns, stat.st_size]

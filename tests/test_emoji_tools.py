@@ -218,17 +218,11 @@ def test_minutes_become_steps_when_half_of_them_have_passed(minutes, total):
     stage._plan(point, stage.Budget(minutes=2.0))
     assert point.total == 0
     point.seconds = 60.0
+    resumed = replace(point, pace=0.0)
+    stage._plan(resumed, stage.Budget(minutes=minutes))
+    assert resumed.total == 0, "the pace of now is unknown before a step"
     stage._plan(point, stage.Budget(minutes=minutes))
     assert (point.decay_from, point.total) == (100, total)
-
-
-def test_the_plan_goes_by_the_pace_of_now_not_by_that_of_sessions_that_shared_the_machine():
-    point = stage._Run(torch.nn.Identity(), torch.nn.Identity(), None, torch.Generator(), step=100, seconds=600.0)
-    stage._plan(point, stage.Budget(minutes=20.0))
-    assert point.total == 0, "before the first step nothing is known of the pace"
-    point.pace = 0.5
-    stage._plan(point, stage.Budget(minutes=20.0))
-    assert (point.decay_from, point.total) == (100, 1300)
 
 
 def test_the_shares_of_the_stages_add_up_and_leave_long_runs_to_the_denoiser():

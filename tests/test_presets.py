@@ -22,6 +22,17 @@ def test_paper_preset_has_the_published_settings(tiny):
     assert memorized.learning_rate == pytest.approx(2e-6)
 
 
+def test_a_smaller_batch_also_means_fewer_rows_that_preserve(tiny):
+    def batches(**training):
+        made = recipe("balanced", tiny, training=training).training
+        return made.batch, made.preserve_batch
+
+    assert batches() == (16, 16)
+    assert batches(batch=4) == (4, 4)
+    assert batches(batch=64) == (64, 16)
+    assert batches(batch=4, preserve_batch=9) == (4, 9)
+
+
 def test_learning_rates_follow_the_model(tiny):
     plain = recipe("balanced", tiny).training.learning_rate
     tiny.learning_rate_scale = 100.0

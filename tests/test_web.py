@@ -16,6 +16,7 @@ from concept_ablation.tests.web.tiny import GOOD, HOSTILE, TINY
 from concept_ablation.web import library, views
 from concept_ablation.web.app import Access
 from concept_ablation.web.form import Form, check, preset_values, suggest_anchor
+from concept_ablation.web.standalone import EMBEDDED, StandaloneHost
 
 
 @pytest.fixture
@@ -107,6 +108,25 @@ def test_a_good_form_becomes_a_request():
 )
 def test_the_anchor_is_suggested_from_the_words_alone(target, kind, anchor):
     assert suggest_anchor(target, kind, "painting") == anchor
+
+
+def test_the_anchor_of_a_concept_that_the_model_knows_is_its_category():
+    known = {"rooster": "bird", "tropical fish": "fish", "bird": "bird"}
+    assert suggest_anchor(" Rooster ", "instance", "painting", known) == "bird"
+    assert suggest_anchor("bird", "instance", "painting", known) == ""
+    assert suggest_anchor("rooster", "style", "painting", known) == "painting"
+    assert suggest_anchor("Grumpy Cat", "instance", "painting", known) == "cat"
+
+
+def test_a_models_folder_says_what_its_concepts_are(tmp_path):
+    hints = tmp_path / "ablation_hints.json"
+    hints.write_text('{"learning_rate_scale": 2, "medium": "photo", "categories": {"rose": "flower"}}', "utf-8")
+    host, closed = StandaloneHost(tmp_path), StandaloneHost(tmp_path, free_model=False)
+    assert (host.style_anchor(str(tmp_path)), host.categories(str(tmp_path))) == ("photo", {"rose": "flower"})
+    assert closed.categories(str(tmp_path)) == {}, "a page that is open to others looks into no folder of their choice"
+    hints.write_text("{", "utf-8")
+    assert host.categories(str(tmp_path)) == {} and host.style_anchor("some/hub-id") == "painting"
+    assert host.style_anchor(EMBEDDED) == "emoji" and host.categories(EMBEDDED)["rooster"] == "bird"
 
 
 def test_the_hints_are_the_presets_own_values():

@@ -339,15 +339,18 @@ class AblatePage:
     def _suggest(self, target: str, anchor: str, kind: str, model: str) -> list[Any]:
         """Fill an empty anchor, and take away the error that says it is empty."""
         # nothing is sent to a field that needs nothing: it could overwrite what is being typed
-        suggested = "" if anchor else suggest_anchor(target or "", kind, self._host.style_anchor(model or ""))
+        suggested = "" if anchor else self._suggested(target, kind, model)
         return [suggested, _hidden()] if suggested else [gr.skip(), gr.skip()]
 
     def _suggest_again(self, target: str, anchor: str, kind: str, model: str) -> Any:
         """Another kind: the anchor that a style was given does not suit a thing."""
-        medium = self._host.style_anchor(model or "")
-        if anchor and not (kind != "style" and anchor == medium):
+        if anchor and not (kind != "style" and anchor == self._host.style_anchor(model or "")):
             return gr.skip()
-        return suggest_anchor(target or "", kind, medium)
+        return self._suggested(target, kind, model)
+
+    def _suggested(self, target: str, kind: str, model: str) -> str:
+        known = self._host.categories(model or "")
+        return suggest_anchor(target or "", kind, self._host.style_anchor(model or ""), known)
 
     @staticmethod
     def _words(kind: str) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_args
 
 from ..core.ablation import Task, check_tasks
@@ -26,6 +26,7 @@ PRESET = "the preset's"
 """The choice of objective and subset that leaves them to the preset."""
 MAX_SEED = 2**63 - 1
 MAX_LINES = 1000
+_NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -161,14 +162,20 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
     return request, {}
 
 
-def suggest_anchor(target: str, kind: str, style_anchor: str) -> str:
-    """What might be drawn instead, from the words alone: the last word of a name ("Grumpy Cat" -> "cat"), what the
-    model's styles are styles of; nothing for a single word or a memorized image.
+def suggest_anchor(target: str, kind: str, style_anchor: str, categories: Mapping[str, str] = _NOTHING_KNOWN) -> str:
+    """What might be drawn instead: the category of a concept that the model knows ("rooster" -> "bird"), else the last
+    word of a name ("Grumpy Cat" -> "cat"); what the model's styles are styles of; nothing for other single words and
+    for memorized images.
     """
     words = collapse(target).split()
     if kind == "style":
         return style_anchor if words else ""
-    if kind != "instance" or len(words) < 2:
+    if kind != "instance":
+        return ""
+    name = " ".join(words).casefold()
+    if categories.get(name, name) != name:
+        return categories[name]
+    if len(words) < 2:
         return ""
     return re.sub(r"^\W+|\W+$", "", words[-1]).casefold()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,10 @@ class Host(ABC):
     def style_anchor(self, model: str) -> str:
         """What a style is a style of, for most of what `model` draws: the anchor that is suggested for styles."""
         return "painting"
+
+    def categories(self, model: str) -> Mapping[str, str]:
+        """What each of the concepts that `model` is known to draw is one of; most models tell nothing."""
+        return {}
 
     @abstractmethod
     def applied(self) -> tuple[Applied, ...]:

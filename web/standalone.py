@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..core.denoiser import Denoiser
+    from ..core.hosts.diffusers import ModelHints
     from ..core.metrics import Judge
 
 EMBEDDED = "Emoji Diffusion"
@@ -79,7 +80,21 @@ class StandaloneHost(Host):
         return self._judges[name]
 
     def style_anchor(self, model: str) -> str:
-        return "emoji" if model == EMBEDDED else super().style_anchor(model)
+        return self._hints(model).medium
+
+    def categories(self, model: str) -> Mapping[str, str]:
+        return self._hints(model).categories
+
+    def _hints(self, model: str) -> ModelHints:
+        from ..core.hosts.diffusers import EMBEDDED_MODEL, ModelHints, load_hints
+
+        # only folders that may be chosen are looked into
+        offered = self.free_model or model in {choice.value for choice in self.models}
+        path = EMBEDDED_MODEL if model == EMBEDDED else Path(model)
+        try:
+            return load_hints(path) if offered and path.is_dir() else ModelHints()
+        except (AblationError, OSError, ValueError):
+            return ModelHints()
 
     def applied(self) -> tuple[Applied, ...]:
         return tuple(Applied(file, strength) for file, (_, strength) in self._applied.items())

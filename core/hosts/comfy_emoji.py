@@ -70,11 +70,13 @@ def load_emoji_diffusion(folder: Path = EMBEDDED_MODEL) -> tuple[ModelPatcher, C
     config.latent_format.taesd_decoder_name = None
     inner = BaseModel(config)
     inner.load_model_weights(_under(tensors, UNET_PREFIX))
-    source, scale = load_hints(folder)
+    hints = load_hints(folder)
     model = ModelPatcher(
         inner, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()
     )
-    model.set_attachments(HINTS, Hints(_NAME, source, scale, 8 * parts.unet.config.sample_size))
+    model.set_attachments(
+        HINTS, Hints(_NAME, hints.prompt_source, hints.learning_rate_scale, 8 * parts.unet.config.sample_size)
+    )
 
     text = _under(tensors, TEXT_PREFIX)
     own = {name: getattr(parts.text_encoder.config, name) for name in _TEXT_SETTINGS}

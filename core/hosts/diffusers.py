@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,8 @@ def load_denoiser(
     nn.Module.to(parts.unet, weights)
     name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
     denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
-    denoiser.prompt_source, denoiser.learning_rate_scale = load_hints(path)
+    hints = load_hints(path)
+    denoiser.prompt_source, denoiser.learning_rate_scale = hints.prompt_source, hints.learning_rate_scale
     return denoiser
 
 
@@ -207,11 +208,27 @@ def load_parts(model: str | Path) -> Parts:
     raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
 
 
-def load_hints(path: Path) -> tuple[PromptSource, float]:
-    """What a model's folder says of it: prompt templates and the factor of learning rates, where it does."""
+@dataclass(frozen=True)
+class ModelHints:
+    """What a model's folder may say of it beside its weights."""
+
+    prompt_source: PromptSource = BUILT_IN
+    learning_rate_scale: float = 1.0
+    medium: str = "painting"
+    """What its pictures mostly are: the natural anchor of a style."""
+    categories: Mapping[str, str] = field(default_factory=dict)
+    """What a concept is one of ("rooster": "bird"): the natural anchor of an instance."""
+
+
+def load_hints(path: Path) -> ModelHints:
+    """What the folder `path` says of its model; what it does not say stays general.
+
+    Raises:
+        AblationError: one of the files is damaged.
+    """
     prompts, hints = path / _PROMPTS_FILE, path / _HINTS_FILE
     source = load_prompt_source(prompts) if prompts.is_file() else BUILT_IN
-    return source, _learning_rate_scale(hints) if hints.is_file() else 1.0
+    return _read_hints(hints, source) if hints.is_file() else ModelHints(source)
 
 
 def _device(name: str | None) -> torch.device:
@@ -223,10 +240,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _learning_rate_scale(path: Path) -> float:
+def _read_hints(path: Path, source: PromptSource) -> ModelHints:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["learning_rate_scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        categories = {str(name): str(category) for name, category in said.get("categories", {}).items()}
+        return ModelHints(source, float(said["learning_rate_scale"]), str(said.get("medium", "painting")), categories)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AblationError(f"{path} is damaged: get the model again, or delete that file.") from error
 
 

@@ -18,6 +18,7 @@ from denoiser import tokenizer as load_tokenizer
 from diffusers import AutoencoderTiny, DDIMScheduler
 from judge import build as build_judge
 from latents import load_latents
+from pictures import Pictures, load_pictures
 from safetensors.torch import load_file, save_file
 from settings import Settings, Tower
 from stage import load_average
@@ -32,7 +33,8 @@ JUDGE_ROWS = "token_embedding.weight"
 _SEEN_ENOUGH = 16
 """A token that training saw less often is the fragment of a typo, and its row has hardly left its random start."""
 
-_COPIED = ("prompts.json", "ablation_hints.json", "model_index.json")
+_COPIED = ("prompts.json", "model_index.json")
+_HINTS = "ablation_hints.json"
 
 
 def export(run: Path, settings: Settings, out: Path) -> None:
@@ -45,6 +47,7 @@ def export(run: Path, settings: Settings, out: Path) -> None:
     autoencoder = load_average(build_autoencoder(settings), run / "autoencoder")
     autoencoder.register_to_config(scaling_factor=latents.scale)
     write_model(out, denoiser, autoencoder)
+    write_hints(out, load_pictures(run / "pictures"))
     used = used_tokens(denoiser)
     for name, tower, folder in (
         ("judge", settings.judge, out / "judge"),
@@ -67,6 +70,13 @@ def write_model(out: Path, denoiser: TextToLatent, autoencoder: AutoencoderTiny)
     load_tokenizer().save_pretrained(out / "tokenizer")
     for name in _COPIED:
         shutil.copyfile(EMBEDDED_MODEL / name, out / name)
+
+
+def write_hints(out: Path, pictures: Pictures) -> None:
+    """What the pages and nodes should know of the model: its learning rates and what its concepts are."""
+    known = json.loads((EMBEDDED_MODEL / _HINTS).read_text(encoding="utf-8"))
+    categories = {concept.name: concept.category for concept in pictures.concepts}
+    write_json(out / _HINTS, {**known, "medium": "emoji", "categories": categories})
 
 
 def used_tokens(denoiser: TextToLatent) -> Tensor:
