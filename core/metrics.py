@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import old_open_clip
 from .errors import AblationError
 from .token_rows import read_packed
 
@@ -134,6 +135,8 @@ def _load_folder(name: str, folder: Path, device: torch.device) -> Judge:
         if "trust_remote_code" in config.read_text(encoding="utf-8"):
             raise AblationError(f"{config} asks to run code that comes with the weights: pass another folder.")
         weights = folder / _WEIGHTS
+        if old_open_clip.is_old():
+            return _from_pieces(name, old_open_clip.from_folder(config, weights), device)
         packed = read_packed(weights) if weights.is_file() else None
         return _assemble(name, f"local-dir:{folder}", device, packed)
     except (*_LOADING_ERRORS, SafetensorError) as error:
@@ -159,6 +162,11 @@ def _load_named(name: str, device: torch.device) -> Judge:
     import open_clip
 
     model, pretrained = _split_name(name)
+    if old_open_clip.is_old():
+        try:
+            return _from_pieces(name, old_open_clip.from_hub(model, pretrained), device)
+        except (*_LOADING_ERRORS, SafetensorError) as error:
+            raise _unreachable(name, error) from error
     source = open_clip.get_pretrained_cfg(model, pretrained)
     try:
         if Path(open_clip.download_pretrained(source)).suffix != ".safetensors":
@@ -170,10 +178,19 @@ def _load_named(name: str, device: torch.device) -> Judge:
         quick_gelu = bool(source.get("quick_gelu", False))
         return _assemble(name, model, device, pretrained=pretrained, force_quick_gelu=quick_gelu)
     except _LOADING_ERRORS as error:
-        raise AblationError(
-            f"Cannot load the judge {name} ({_reason(error)}): connect to the internet or pass a local folder in "
-            "open_clip format."
-        ) from error
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> AblationError:
+    return AblationError(
+        f"Cannot load the judge {name} ({_reason(error)}): connect to the internet or pass a local folder in open_clip "
+        "format."
+    )
+
+
+def _from_pieces(name: str, pieces: old_open_clip.Pieces, device: torch.device) -> Judge:
+    model = pieces.model.to(device).eval().requires_grad_(False)
+    return Judge(name, device, model, pieces.preprocess, pieces.tokenize)
 
 
 def _split_name(name: str) -> tuple[str, str]:

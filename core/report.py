@@ -333,7 +333,9 @@ def _duration(seconds: float) -> str:
 
 def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
     # matplotlib's own font: it knows far more alphabets than the one built into Pillow.
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{style}.ttf", size)
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{style}.ttf"
+    # Pillow 9 takes no path
+    return ImageFont.truetype(str(path), size)
 
 
 def _header(draw: ImageDraw.ImageDraw, lefts: tuple[int, int], side: int) -> None:

@@ -217,8 +217,7 @@ def test_minutes_become_steps_when_half_of_them_have_passed(minutes, total):
     point = stage._Run(torch.nn.Identity(), torch.nn.Identity(), None, torch.Generator(), 100, seconds=59.0, pace=0.6)
     stage._plan(point, stage.Budget(minutes=2.0))
     assert point.total == 0
-    point.seconds = 60.0
-    resumed = replace(point, pace=0.0)
+    resumed, point.seconds = replace(point, pace=0.0, seconds=60.0), 60.0
     stage._plan(resumed, stage.Budget(minutes=minutes))
     assert resumed.total == 0, "the pace of now is unknown before a step"
     stage._plan(point, stage.Budget(minutes=minutes))

@@ -33,6 +33,8 @@ STAGES = ("Drawing the dataset", "Training", "Drawing before", "Drawing after")
 """The phases of an ablation, as core reports them."""
 PREVIEW_SHARE = 0.05
 """At most this share of a job's time goes into showing what it draws."""
+LARGEST_ON_CPU = 32 * 32
+"""Latent positions of a picture that a CPU decodes in less than seconds."""
 PREVIEWED = 4
 """Pictures of a preview."""
 
@@ -155,6 +157,8 @@ def _watch(host: Host, job: Job, denoiser: Denoiser | None) -> ProgressCallback:
         host.show(progress)
         now = time.perf_counter()
         if denoiser is None or progress.latents is None or now - shown < max(1.0, cost / PREVIEW_SHARE):
+            return
+        if denoiser.device.type == "cpu" and progress.latents[0, 0].numel() > LARGEST_ON_CPU:
             return
         job.preview = _decode(denoiser, progress)
         shown = time.perf_counter()

@@ -114,8 +114,11 @@ class SavedPage:
         return _told(apply), views.applied(self._host.applied())
 
     def _do_remove(self, chosen: str | None) -> tuple[str, str]:
-        self._host.remove(chosen)
-        return "", views.applied(self._host.applied())
+        def remove() -> str:
+            self._host.remove(chosen)
+            return ""
+
+        return _told(remove), views.applied(self._host.applied())
 
     def _do_add(self, chosen: str | None, strength: float, parts: list[Part]) -> tuple[str, list[Part], str]:
         try:
@@ -148,10 +151,12 @@ class SavedPage:
 
     def _do_delete(self, chosen: str | None) -> list[Any]:
         try:
-            library.delete(self._folder, chosen or "")
+            # found first, and taken off before its file goes: a busy model keeps both
+            file = library.find(self._folder, chosen).file
+            self._host.remove(file)
+            library.delete(self._folder, file)
         except AblationError as error:
             return [views.note(str(error), "bad"), *self.refresh(chosen)]
-        self._host.remove(chosen)
         return [views.note(f"{chosen} is deleted.", "good"), *self.refresh(None)]
 
 

@@ -12,16 +12,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from gradio_client import Client
 
 from concept_ablation.core import delta_file
+from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.tests.web.conftest import served
 from concept_ablation.tests.web.tiny import GOOD, TINY, TinyHost
 from concept_ablation.web.form import FIELDS
 from concept_ablation.web.host import Host
+from concept_ablation.web.library import save_new
 
 SECONDS = 120
+HEADER = {"concept_ablation.target": "fish"}
 
 
 def status(url: str, data: bytes | None = None) -> tuple[int, bytes]:
@@ -106,6 +110,24 @@ def test_a_host_with_one_model_and_no_drawing_gets_a_plain_tab(gradio, tmp_path,
     assert isinstance(host, Host)
     config = json.dumps(build_tab(host).config, default=str)
     assert "Try it" not in config and "<h1>" not in config and "Saved deltas" in config
+
+
+def test_a_delta_that_a_busy_model_uses_is_not_deleted(gradio, tmp_path, make_model):
+    from concept_ablation.web.saved_page import SavedPage
+
+    host = TinyHost(tmp_path, make_model())
+    path = save_new(Delta({"lora_unet_x": LayerDelta(torch.ones(2, 2))}, HEADER), host.delta_folder, "kept")
+
+    def busy(file: str | None = None) -> None:
+        raise AblationError("The model is busy: wait.")
+
+    host.remove = busy
+    with gradio.Blocks():
+        page = SavedPage(host)
+    assert "The model is busy" in page._do_delete(path.name)[0] and path.is_file()
+    assert "The model is busy" in page._do_remove(path.name)[0]
+    del host.remove
+    assert "is deleted" in page._do_delete(path.name)[0] and not path.exists()
 
 
 def values(form):

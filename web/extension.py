@@ -1,0 +1,253 @@
+"""The tab inside Stable Diffusion WebUI: Forge's loaded model as the host, or what to do where there is no Forge.
+
+`scripts/concept_ablation.py`, which the WebUI finds, registers `make_tab` and `add_settings`. Imports of the WebUI and
+of gradio are inside functions: the first exist only there, and gradio 3 could not import the tab.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import delta_file
+from ..core.errors import AblationError
+from .host import Applied, Host, ModelChoice
+from .library import safe_name
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from backend.diffusion_engine.base import ForgeDiffusionEngine
+
+    from ..core.denoiser import Denoiser
+    from ..core.metrics import Judge
+    from ..core.progress import Progress
+
+TITLE, ELEMENT = "Concept Ablation", "concept_ablation"
+JUDGE, SUBFOLDER = "concept_ablation_judge", "concept_ablation_subfolder"
+"""Names of the settings."""
+OLDEST_GRADIO = (4, 40)
+
+_MARK = "concept_ablation:"
+"""How the names of our patches begin among a patcher's; the file's name and its time follow."""
+_LOADED = "loaded"
+
+
+class WebUIHost(Host):
+    """Forge's loaded model. Without LoRAs of the last prompt, which belong to that prompt; without applied deltas.
+
+    Whoever works with the model holds the WebUI's queue lock, so that no generation runs at the same time.
+    """
+
+    def __init__(self) -> None:
+        from modules import paths_internal, shared
+
+        self.models = [ModelChoice("The checkpoint chosen at the top of the page", _LOADED)]
+        subfolder = str(getattr(shared.opts, SUBFOLDER, "") or "").strip()
+        loras = Path(shared.cmd_opts.lora_dir)
+        self.delta_folder = loras / safe_name(subfolder) if subfolder else loras
+        self.output_folder = Path(paths_internal.default_output_dir) / "concept-ablation"
+        self._judges: dict[str, Judge] = {}
+
+    @contextlib.contextmanager
+    def denoiser(self, model: str) -> Iterator[Denoiser]:
+        from modules import shared
+        from modules.call_queue import queue_lock
+
+        from ..core.hosts.webui import opened
+
+        with queue_lock:
+            shared.state.begin(job=TITLE)
+            try:
+                engine = _engine()
+                engine.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))
+                with opened(engine, _without_ours(engine)) as denoiser:
+                    yield denoiser
+            finally:
+                # as Forge does after a generation: the next job must not find the button pressed
+                shared.state.interrupted = shared.state.stopping_generation = shared.state.skipped = False
+                shared.state.textinfo = None
+                shared.state.end()
+
+    def judge(self, model: str, denoiser: Denoiser) -> Judge:
+        from modules import shared
+
+        from ..cli_options import NETWORK_JUDGE
+        from ..core.metrics import Judge
+
+        name = str(getattr(shared.opts, JUDGE, "") or "").strip() or NETWORK_JUDGE
+        if name not in self._judges:
+            self._judges[name] = Judge.load(name, denoiser.device)
+        return self._judges[name]
+
+    def applied(self) -> tuple[Applied, ...]:
+        from modules import shared
+
+        objects = getattr(shared.sd_model, "forge_objects_original", None)
+        if objects is None:
+            return ()
+        keys = dict.fromkeys((*objects.unet.lora_patches, *objects.clip.patcher.lora_patches))
+        return tuple(Applied(_file(key[0]), key[1]) for key in keys if key[0].startswith(_MARK))
+
+    def apply(self, path: Path, strength: float) -> None:
+        from ..core.hosts.webui import architecture_of, patched
+
+        delta = delta_file.load(path)
+        with _free_queue():
+            engine = _engine()
+            architecture_of(engine)
+            objects = _without_ours(engine, path.name)
+            # the time, because Forge takes patches of the same name and strength for the same patches
+            name = f"{_MARK}{path.stat().st_mtime_ns}:{path.name}"
+            objects.unet, objects.clip = patched(objects.unet, objects.clip, delta, strength, name)
+            _install(engine, objects)
+
+    def remove(self, file: str | None = None) -> None:
+        from modules import shared
+
+        if not any(file in (None, applied.file) for applied in self.applied()):
+            return
+        with _free_queue():
+            _install(shared.sd_model, _without_ours(shared.sd_model, file))
+
+    def interrupted(self) -> bool:
+        from modules import shared
+
+        return bool(shared.state.interrupted or shared.state.stopping_generation)
+
+    def show(self, progress: Progress | None) -> None:
+        from modules import shared
+
+        if progress is None:
+            _refresh_networks()
+            return
+        state = shared.state
+        state.job_count, state.job_no = 1, 0
+        state.sampling_steps, state.sampling_step = progress.total, progress.step
+        state.textinfo = f"{progress.phase}: {progress.step} of {progress.total}"
+
+
+def make_tab() -> gr.Blocks:
+    """The tab, or a page that says what to do instead where it cannot work."""
+    import gradio as gr
+
+    if can_work():
+        from .tab import build_tab
+
+        return build_tab(WebUIHost())
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        gr.HTML(_instead())
+    return blocks
+
+
+def add_settings() -> None:
+    """Our section of the WebUI's settings."""
+    from modules import shared
+
+    section = (ELEMENT, TITLE)
+    judge = "CLIP model that measures results: an open_clip name, or a local open_clip folder (empty: ViT-B-32)"
+    subfolder = "Subfolder of the LoRA folder for saved deltas (empty: the LoRA folder; reload the UI afterwards)"
+    shared.opts.add_option(JUDGE, shared.OptionInfo("", judge, section=section))
+    shared.opts.add_option(SUBFOLDER, shared.OptionInfo("", subfolder, section=section))
+
+
+def can_work() -> bool:
+    """Whether this is Forge, with a gradio that can show the tab."""
+    import gradio as gr
+
+    version = tuple(int(number) for number in gr.__version__.split(".")[:2])
+    try:
+        return version >= OLDEST_GRADIO and importlib.util.find_spec("backend.diffusion_engine.base") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _instead() -> str:
+    from modules import sd_models, shared
+
+    root = Path(__file__).resolve().parents[1]
+    program = root / ".venv" / ("Scripts/concept-ablation.exe" if sys.platform == "win32" else "bin/concept-ablation")
+    checkpoints = [info.filename for info in getattr(sd_models, "checkpoints_list", {}).values()]
+    model = checkpoints[0] if checkpoints else "the checkpoint's path"
+    loras = getattr(shared.cmd_opts, "lora_dir", "models/Lora")
+    output = root / "outputs" / "ui"
+    command = f'"{program}" ui --model "{model}" --output "{output}"'
+    install, command, deltas, loras = (
+        f"<code>{html.escape(str(text))}</code>"
+        for text in (f'python "{root / "install.py"}" demo', command, output / "deltas", loras)
+    )
+    return (
+        "<p>Inside the WebUI, Concept Ablation works in Forge only, so here it runs as a program of its own, for "
+        f"Stable Diffusion 1.x checkpoints: in a terminal, run {install} once, then {command}.</p>"
+        f"<p>Copy the file that it saves in {deltas} into {loras} and put &lt;lora:its-name:1&gt; into a prompt: the "
+        "WebUI's own Lora extension loads it.</p>"
+    )
+
+
+def _engine() -> ForgeDiffusionEngine:
+    """The model of the chosen checkpoint, which Forge itself loads when the next generation begins."""
+    from modules import sd_models
+
+    parameters = sd_models.model_data.forge_loading_parameters
+    if not parameters or parameters.get("checkpoint_info") is None:
+        raise AblationError("There is no checkpoint: choose one at the top of the page.")
+    try:
+        engine, _ = sd_models.forge_model_reload()
+    except ValueError as error:
+        raise AblationError(f"Forge cannot load the chosen checkpoint ({error}): choose another one.") from error
+    if engine is None:
+        raise AblationError("Forge does not know this kind of checkpoint: choose another one.")
+    return engine
+
+
+def _without_ours(engine: ForgeDiffusionEngine, file: str | None = None) -> Any:
+    """The engine's own `ForgeObjects` with our patches of that file, or all of ours, left out."""
+
+    def ours(key: tuple[Any, ...]) -> bool:
+        return key[0].startswith(_MARK) and file in (None, _file(key[0]))
+
+    objects = engine.forge_objects_original.shallow_copy()
+    objects.unet, objects.clip = objects.unet.clone(), objects.clip.clone()
+    for patcher in (objects.unet, objects.clip.patcher):
+        patcher.lora_patches = {key: patches for key, patches in patcher.lora_patches.items() if not ours(key)}
+    return objects
+
+
+def _install(engine: ForgeDiffusionEngine, objects: Any) -> None:
+    """Make `objects` what every generation starts from, and its LoRAs be counted from there."""
+    engine.forge_objects_original = objects
+    engine.forge_objects = objects.shallow_copy()
+    engine.forge_objects_after_applying_lora = objects.shallow_copy()
+    engine.current_lora_hash = str([])
+
+
+def _file(mark: str) -> str:
+    return mark.removeprefix(_MARK).partition(":")[2]
+
+
+@contextlib.contextmanager
+def _free_queue() -> Iterator[None]:
+    """The WebUI's queue lock for a moment.
+
+    Raises:
+        AblationError: a generation or an ablation has it, for which no page should wait.
+    """
+    from modules.call_queue import queue_lock
+
+    if not queue_lock.acquire(blocking=False):
+        raise AblationError("The model is busy: wait until the generation or the ablation has ended, then try again.")
+    try:
+        yield
+    finally:
+        queue_lock.release()
+
+
+def _refresh_networks() -> None:
+    """Let Forge's LoRA extension, if it is on, see what was saved."""
+    networks = sys.modules.get("networks")
+    if networks is not None:
+        networks.list_available_networks()
