@@ -19,20 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import shards
 from .concept import Concept, pairs, preservation_prompts
 from .denoiser import Denoiser
 from .errors import AblationError
-from .files import replacing, write_json
 from .progress import ProgressCallback, Reporter
 from .prompts import PromptSource
 from .samplers import SampleSettings, sample_latents
 
 _FORMAT = 1
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -147,31 +144,28 @@ def build(
     """
     plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
     model = denoiser.fingerprint()
-    shards = [
-        range(start, min(start + settings.batch, len(plan.rows))) for start in range(0, len(plan.rows), settings.batch)
-    ]
+    batches = shards.ranges(len(plan.rows), settings.batch)
     if directory is not None:
-        _claim(directory, _manifest(plan, settings, concepts, model))
-    reporter = Reporter(on_progress, "Drawing the dataset", len(shards) * settings.sample.steps)
+        shards.claim(directory, _manifest(plan, settings, concepts, model))
+    reporter = Reporter(on_progress, "Drawing the dataset", len(batches) * settings.sample.steps)
     column = 0 if settings.source == "anchor" else 1
     latents = []
-    for number, rows in enumerate(shards):
-        path = None if directory is None else directory / f"shard-{number:05d}.safetensors"
-        shard = None if path is None else _read_shard(path, len(rows), denoiser.latent_shape)
-        if shard is None:
+    for number, rows in enumerate(batches):
+        shape = (len(rows), *denoiser.latent_shape)
+        found = None if directory is None else shards.read_shard(directory, number, {"latents": shape})
+        if found is None:
             prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
             seeds = [_row_seed(settings.seed, row) for row in rows]
-            shard = sample_latents(
+            drawn = sample_latents(
                 denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance(latents=step.denoised)
-            ).cpu()
+            )
             # fp16 also in memory, so that a dataset is the same whether or not it went through a file
-            shard = shard.half()
-            if path is not None:
-                with replacing(path) as temporary:
-                    save_file({"latents": shard.contiguous()}, temporary)
+            found = {"latents": drawn.cpu().half()}
+            if directory is not None:
+                shards.write_shard(directory, number, found)
         else:
             reporter.advance(settings.sample.steps)
-        latents.append(shard)
+        latents.append(found["latents"])
     return AblationDataset(torch.cat(latents).float(), plan, settings, tuple(concepts), model)
 
 
@@ -179,70 +173,30 @@ def load(directory: Path) -> AblationDataset:
     """Read a complete dataset.
 
     Raises:
-        AblationError: it is missing, incomplete or damaged.
+        AblationError: it is missing, incomplete or damaged, or the folder holds a harvest.
     """
-    manifest = _read_manifest(directory)
-    if manifest is None:
+    manifest = shards.read_manifest(directory)
+    if manifest is None or "keep" in manifest["settings"]:
         raise AblationError(f"{directory} holds no dataset: build one there first.")
     settings = dict(manifest["settings"])
     settings["sample"] = SampleSettings(**settings["sample"])
     plan = Plan(tuple(manifest["prompts"]), tuple((anchor, target) for anchor, target in manifest["rows"]))
-    shards = []
-    for path in sorted(directory.glob("shard-*.safetensors")):
-        try:
-            shards.append(load_file(path)["latents"])
-        except (SafetensorError, KeyError, OSError) as error:
-            raise AblationError(f"{path} is damaged: delete it and build the dataset again to replace it.") from error
-    if sum(len(shard) for shard in shards) != len(plan.rows):
+    latents = [tensor for (tensor,) in shards.read_all(directory, ["latents"])]
+    if sum(len(shard) for shard in latents) != len(plan.rows):
         raise AblationError(f"The dataset in {directory} is not finished: run the build again to complete it.")
-    concepts = tuple(
-        Concept(**{**c, "anchor_prompts": tuple(c["anchor_prompts"]), "target_prompts": tuple(c["target_prompts"])})
-        for c in manifest["concepts"]
-    )
-    return AblationDataset(torch.cat(shards).float(), plan, DatasetSettings(**settings), concepts, manifest["model"])
+    concepts = shards.read_concepts(manifest["concepts"])
+    return AblationDataset(torch.cat(latents).float(), plan, DatasetSettings(**settings), concepts, manifest["model"])
 
 
 def _manifest(plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept], model: str) -> dict[str, Any]:
-    described = {
+    return {
         "format": _FORMAT,
         "model": model,
-        "concepts": [asdict(concept) for concept in concepts],
+        "concepts": shards.describe_concepts(concepts),
         "settings": asdict(settings),
         "prompts": plan.prompts,
         "rows": plan.rows,
     }
-    # through JSON, so that it compares equal to what is read back
-    return json.loads(json.dumps(described))
-
-
-def _claim(directory: Path, manifest: dict[str, Any]) -> None:
-    found = _read_manifest(directory)
-    if found is None:
-        write_json(directory / _MANIFEST, manifest)
-    elif found != manifest:
-        raise AblationError(
-            f"{directory} holds a dataset of other concepts, settings or another model: choose another folder, "
-            "or delete it."
-        )
-
-
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    path = directory / _MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AblationError(f"{path} is damaged: delete the folder and build the dataset again.") from error
-
-
-def _read_shard(path: Path, rows: int, shape: tuple[int, ...]) -> Tensor | None:
-    """The shard's latents, or None if it has to be drawn (again)."""
-    try:
-        latents = load_file(path)["latents"]
-    except (SafetensorError, KeyError, OSError):
-        return None
-    return latents if latents.shape == (rows, *shape) else None
 
 
 def _row_seed(seed: int, row: int) -> int:

@@ -35,6 +35,8 @@ class SamplerStep:
 
 
 StepCallback = Callable[[SamplerStep], None]
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Told x, sigma and D(x; sigma, c) of the conditional branch, before guidance, at each call of the model."""
 
 
 class Noise:
@@ -76,15 +78,21 @@ def karras_schedule(sigmas: Tensor, steps: int, rho: float = 7.0) -> list[float]
     return [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
 
 
-def guided(denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float) -> Model:
+def guided(
+    denoiser: Denoiser, cond: Conditioning, uncond: Conditioning, scale: float, observe: Observer | None = None
+) -> Model:
     """Classifier-free guidance: D(c) pushed away from D(empty) by `scale`, in one network call; 1 is no guidance."""
-    if scale == 1.0:
-        return lambda x, sigma: denoiser.denoise(x, sigma, cond)
-    both = Conditioning.cat((uncond, cond))
+    both = Conditioning.cat((uncond, cond)) if scale != 1.0 else None
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
-        without, with_prompt = denoiser.denoise(torch.cat((x, x)), torch.cat((sigma, sigma)), both).chunk(2)
-        return without + scale * (with_prompt - without)
+        if both is None:
+            result = with_prompt = denoiser.denoise(x, sigma, cond)
+        else:
+            without, with_prompt = denoiser.denoise(torch.cat((x, x)), torch.cat((sigma, sigma)), both).chunk(2)
+            result = without + scale * (with_prompt - without)
+        if observe is not None:
+            observe(x, sigma, with_prompt)
+        return result
 
     return model
 
@@ -181,6 +189,7 @@ def sample_latents(
     seeds: Sequence[int],
     settings: SampleSettings,
     callback: StepCallback | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Latents [B, C, h, w] of one batch of prompts, one seed each.
 
@@ -194,7 +203,7 @@ def sample_latents(
     x = denoiser.add_noise(torch.zeros_like(start), start, sigma)
     # equal prompts give one row of uncond, so the cache is asked once
     uncond = denoiser.encode([settings.negative_prompt] * len(prompts))
-    model = guided(denoiser, denoiser.encode(prompts), uncond, settings.guidance)
+    model = guided(denoiser, denoiser.encode(prompts), uncond, settings.guidance, observe)
     options = {"eta": settings.eta} if SAMPLERS[settings.sampler] is sample_ancestral else {}
     x = SAMPLERS[settings.sampler](model, x, levels, noise, callback, **options)
     if not torch.isfinite(x).all():

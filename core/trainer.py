@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,20 +114,53 @@ def train(
             f"The objective '{settings.objective}' needs images of the {wanted} and this dataset has images of the "
             f"{dataset.settings.source}: build a dataset for that objective."
         )
+    delta = empty_delta(settings.subset, denoiser, dataset.concepts)
+
+    def losses(attachment: Attachment) -> Iterator[tuple[Tensor, Tensor]]:
+        prompts = Prompts(denoiser, dataset.plan.prompts, attachment, settings.subset)
+        for batch in _batches(denoiser, dataset, settings):
+            yield _step_loss(denoiser, batch, delta, attachment, prompts, settings)
+
+    return optimize(denoiser, delta, settings, losses, on_progress)
+
+
+def optimize(
+    denoiser: Denoiser,
+    delta: Delta,
+    settings: TrainSettings,
+    losses: Callable[[Attachment], Iterator[tuple[Tensor, Tensor]]],
+    on_progress: ProgressCallback | None,
+) -> TrainResult:
+    """The loop that all trainings share: AdamW on `delta`, attached to the frozen model.
+
+    Args:
+        denoiser: the model.
+        delta: where training starts; its tensors are moved.
+        settings: steps, learning rate and what else does not depend on the objective.
+        losses: gives (objective, what is added to it) of each step, scalars on the model's device.
+        on_progress: called after each step with the newest loss that was read; raises to cancel.
+
+    Raises:
+        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+    """
     start = time.perf_counter()
-    delta = trainable(empty_delta(settings.subset, denoiser, dataset.concepts), settings.subset)
+    delta = trainable(delta, settings.subset)
     parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    # None lets PyTorch choose between its other implementations
+    fused = True if denoiser.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     reporter = Reporter(on_progress, "Training", settings.steps)
-    losses: list[float] = []
+    read: list[float] = []
+    unread: list[Tensor] = []
     checkpointed = denoiser.checkpointed() if settings.checkpointing else contextlib.nullcontext()
     with torch.enable_grad(), _frozen(denoiser), checkpointed, delta.attach(denoiser) as attachment:
-        prompts = _Prompts(denoiser, dataset.plan.prompts, attachment, settings.subset)
-        for batch in _batches(denoiser, dataset, settings):
-            objective, extra = _step_loss(denoiser, batch, delta, attachment, prompts, settings)
-            losses.append(objective.item())
-            _check(losses)
+        for step, (objective, extra) in enumerate(losses(attachment)):
+            unread.append(objective.detach())
+            if step % _read_every(denoiser.device) == 0 or step == settings.steps - 1:
+                read += torch.stack(unread).tolist()
+                _check(read, len(unread))
+                unread.clear()
             optimizer.zero_grad(set_to_none=True)
             ((objective + extra) * denoiser.gradient_scale).backward()
             if denoiser.gradient_scale != 1:
@@ -137,14 +170,14 @@ def train(
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             schedule.step()
-            reporter.advance(loss=losses[-1])
+            reporter.advance(loss=read[-1])
     trained = delta.map(lambda tensor: tensor.detach())
     if not torch.isfinite(trained.norm()):
         raise Diverged("Training ended in NaN or infinity: lower the learning rate and train again.")
-    return TrainResult(trained, tuple(losses), time.perf_counter() - start)
+    return TrainResult(trained, tuple(read), time.perf_counter() - start)
 
 
-class _Prompts:
+class Prompts:
     """Conditioning of the dataset's prompts: encoded once, except where the delta edits the text encoder."""
 
     def __init__(self, denoiser: Denoiser, prompts: tuple[str, ...], attachment: Attachment, subset: str) -> None:
@@ -167,7 +200,7 @@ def _step_loss(
     batch: _Batch,
     delta: Delta,
     attachment: Attachment,
-    prompts: _Prompts,
+    prompts: Prompts,
     settings: TrainSettings,
 ) -> tuple[Tensor, Tensor]:
     """(the objective, preservation and regularization with their weights), scalars."""
@@ -193,7 +226,7 @@ def _step_loss(
 
 @torch.no_grad()
 def _teacher(
-    denoiser: Denoiser, batch: _Batch, attachment: Attachment, prompts: _Prompts, settings: TrainSettings
+    denoiser: Denoiser, batch: _Batch, attachment: Attachment, prompts: Prompts, settings: TrainSettings
 ) -> Tensor:
     """d for the anchor prompts, [B, C, h, w]; rows that the objective does not compare with a teacher are 0."""
     count = batch.ablating
@@ -214,8 +247,8 @@ def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettin
     """The rows of each step: reshuffled passes through the dataset, t uniform, fresh noise."""
     generator = torch.Generator().manual_seed(settings.seed)
     preserving = dataset.preserving
-    ablate = _shuffled(preserving.logical_not().nonzero().flatten(), settings.batch, generator)
-    preserve = _shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
+    ablate = shuffled(preserving.logical_not().nonzero().flatten(), settings.batch, generator)
+    preserve = shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
     rows = torch.tensor(dataset.plan.rows)
     device = denoiser.device
     for _ in range(settings.steps):
@@ -231,7 +264,7 @@ def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettin
         yield _Batch(x0, denoiser.add_noise(x0, noise, sigma), sigma, anchor, target, settings.batch)
 
 
-def _shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of `size` rows, each pass in a new order; empty ones if there are no rows."""
     pool = rows[:0]
     while True:
@@ -265,12 +298,20 @@ def _rate(step: int, settings: TrainSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, settings.steps - warm_up)))
 
 
-def _check(losses: list[float]) -> None:
-    """Stop as soon as training has gone wrong: nothing that it made would be worth keeping."""
-    loss = losses[-1]
+def _read_every(device: torch.device) -> int:
+    """Steps between readings of the loss: each one makes the host wait for a GPU."""
+    return 1 if device.type == "cpu" else 10
+
+
+def _check(losses: list[float], new: int) -> None:
+    """Stop as soon as training has gone wrong: nothing that it made would be worth keeping. The last `new` losses have
+    not been checked yet.
+    """
     # a loss that begins near 0 may grow a lot and mean nothing
     limit = _DIVERGED_FACTOR * max(losses[0], 1e-3)
-    if not math.isfinite(loss) or loss > limit:
-        raise Diverged(
-            f"Training diverged at step {len(losses)} (loss {loss:.3g}): lower the learning rate and train again."
-        )
+    for step in range(len(losses) - new, len(losses)):
+        if not math.isfinite(losses[step]) or losses[step] > limit:
+            raise Diverged(
+                f"Training diverged at step {step + 1} (loss {losses[step]:.3g}): lower the learning rate and train "
+                "again."
+            )

@@ -176,7 +176,7 @@ def test_bad_settings_are_refused(change):
 
 def test_rows_pass_through_the_dataset_before_any_comes_again():
     rows = torch.arange(5)
-    batches = trainer._shuffled(rows, 2, torch.Generator().manual_seed(0))
+    batches = trainer.shuffled(rows, 2, torch.Generator().manual_seed(0))
     drawn = torch.cat([next(batches) for _ in range(5)])
     assert sorted(drawn[:5].tolist()) == sorted(drawn[5:].tolist()) == rows.tolist()
-    assert len(next(trainer._shuffled(rows[:0], 3, torch.Generator()))) == 0
+    assert len(next(trainer.shuffled(rows[:0], 3, torch.Generator()))) == 0

@@ -1,0 +1,121 @@
+"""Training on harvested rows: Eq. 4 with a teacher that was asked beforehand.
+
+A step is one forward and one backward pass of the student over rows of mixed noise levels, those that ablate and those
+that preserve together. Nothing else runs in the loop: no autoencoder, no teacher and, unless its rows are what is
+edited, no text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .delta import Attachment, Delta, LayerDelta, LowRank, check_fits
+from .denoiser import Denoiser
+from .errors import AblationError
+from .harvest import Harvest
+from .losses import model_based
+from .progress import ProgressCallback
+from .subsets import empty_delta
+from .trainer import Prompts, TrainResult, TrainSettings, optimize, shuffled
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one step, on the model's device: those that ablate first, then those that preserve."""
+
+    x: Tensor
+    sigma: Tensor
+    teacher: Tensor
+    target: Tensor
+
+
+def train_harvested(
+    denoiser: Denoiser,
+    harvest: Harvest,
+    settings: TrainSettings,
+    *,
+    start: Delta | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> TrainResult:
+    """Train a delta on a harvest. The same seed gives the same delta on the same machine.
+
+    Args:
+        denoiser: the model that the harvest was made with.
+        harvest: rows.
+        settings: as for images, with the objective "model" and neither flips nor regularization, which harvested rows
+            cannot give: the teacher has not seen the mirrored latent, and there is no image.
+        start: a delta to begin with, for instance a closed form's; it is left as it is.
+        on_progress: called after each step; raises to cancel.
+
+    Raises:
+        AblationError: settings or a start that do not fit.
+        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+    """
+    if settings.objective != "model" or settings.flip or settings.regularization:
+        raise AblationError(
+            "Harvested rows serve the objective 'model' without flips or regularization: change those settings, or "
+            "train on a dataset of images."
+        )
+    delta = empty_delta(settings.subset, denoiser, harvest.concepts)
+    if start is not None:
+        delta = _begun(delta, start, denoiser, settings.subset)
+
+    def losses(attachment: Attachment) -> Iterator[tuple[Tensor, Tensor]]:
+        prompts = Prompts(denoiser, harvest.plan.prompts, attachment, settings.subset)
+        nothing = torch.zeros((), device=denoiser.device)
+        count = settings.batch
+        for batch in _batches(harvest, settings, denoiser.device):
+            student = denoiser.direction(batch.x, batch.sigma, prompts.student(batch.target))
+            preserved = model_based(student[count:], batch.teacher[count:]) if len(student) > count else nothing
+            yield model_based(student[:count], batch.teacher[:count]), settings.preserve_weight * preserved
+
+    return optimize(denoiser, delta, settings, losses, on_progress)
+
+
+def _begun(delta: Delta, start: Delta, denoiser: Denoiser, subset: str) -> Delta:
+    """A copy of `delta` (zeros, dense) with the values of `start` in it."""
+    check_fits(start, denoiser)
+    outside = [name for name in start.layers if name not in delta.layers]
+    if outside or any(isinstance(layer.weight, LowRank) for layer in delta.layers.values()):
+        raise AblationError(
+            f"The delta to begin with edits other weights than the subset '{subset}' trains: choose the subset that it "
+            "was made for."
+        )
+    return replace(
+        delta,
+        layers={
+            name: _sum(layer, start.layers[name]) if name in start.layers else layer
+            for name, layer in delta.layers.items()
+        },
+    )
+
+
+def _sum(zeros: LayerDelta, start: LayerDelta) -> LayerDelta:
+    weight = start.weight.dense() if isinstance(start.weight, LowRank) else start.weight
+    begun = (
+        empty if given is None or empty is None else empty + given.detach().to(empty)
+        for empty, given in ((zeros.weight, weight), (zeros.bias, start.bias))
+    )
+    return LayerDelta(*begun)
+
+
+def _batches(harvest: Harvest, settings: TrainSettings, device: torch.device) -> Iterator[_Batch]:
+    """The rows of each step, from reshuffled passes through the harvest."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    preserving, targets = harvest.preserving, harvest.pairs[:, 1]
+    ablate = shuffled(preserving.logical_not().nonzero().flatten(), settings.batch, generator)
+    preserve = shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
+    for _ in range(settings.steps):
+        rows = torch.cat((next(ablate), next(preserve)))
+        chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction, targets))
+        x, sigma, teacher, target = (_sent(tensor, device) for tensor in chosen)
+        yield _Batch(x, sigma, teacher.float(), target)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without the host waiting for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

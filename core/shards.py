@@ -1,0 +1,117 @@
+"""Folders that are filled shard by shard and can be finished after a kill.
+
+`manifest.json` says what the folder is to hold and is written first; each shard of tensors is renamed into place when
+it is complete. What the manifest and the tensors mean is the caller's business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .concept import Concept
+from .errors import AblationError
+from .files import replacing, write_json
+
+_MANIFEST = "manifest.json"
+
+
+def as_stored(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`manifest` as it will be read back: what JSON makes of tuples and keys."""
+    return json.loads(json.dumps(manifest))
+
+
+def claim(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, unless the folder already has this very one.
+
+    Raises:
+        AblationError: the folder belongs to another dataset, or cannot be written.
+    """
+    found = read_manifest(directory)
+    if found is None:
+        write_json(directory / _MANIFEST, as_stored(manifest))
+    elif found != as_stored(manifest):
+        raise AblationError(
+            f"{directory} holds a dataset of other concepts, settings or another model: choose another folder, "
+            "or delete it."
+        )
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The folder's manifest, or None if it has none.
+
+    Raises:
+        AblationError: it is damaged.
+    """
+    path = directory / _MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AblationError(f"{path} is damaged: delete the folder and build the dataset again.") from error
+
+
+def ranges(rows: int, size: int) -> list[range]:
+    """Which rows are in which shard."""
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def read_shard(directory: Path, number: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor] | None:
+    """The tensors of one shard, or None if it has to be made (again)."""
+    try:
+        tensors = load_file(_path(directory, number))
+    except (SafetensorError, OSError, ValueError):  # what Forge makes of safetensors' errors
+        return None
+    fits = all(name in tensors and tensors[name].shape == tuple(shape) for name, shape in shapes.items())
+    return tensors if fits else None
+
+
+def write_shard(directory: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Put one shard into the folder, whole or not at all.
+
+    Raises:
+        AblationError: the folder cannot be written.
+    """
+    with replacing(_path(directory, number)) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def read_all(directory: Path, names: Sequence[str]) -> list[list[Tensor]]:
+    """The named tensors of every shard that is there, in order: one list a shard.
+
+    Raises:
+        AblationError: a shard is damaged.
+    """
+    shards = []
+    for path in sorted(directory.glob("shard-*.safetensors")):
+        try:
+            tensors = load_file(path)
+            shards.append([tensors[name] for name in names])
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            raise AblationError(f"{path} is damaged: delete it and build the dataset again to replace it.") from error
+    return shards
+
+
+def describe_concepts(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """Concepts as a manifest holds them."""
+    return [asdict(concept) for concept in concepts]
+
+
+def read_concepts(described: Sequence[Mapping[str, Any]]) -> tuple[Concept, ...]:
+    """The inverse of `describe_concepts`."""
+    return tuple(
+        Concept(**{**c, "anchor_prompts": tuple(c["anchor_prompts"]), "target_prompts": tuple(c["target_prompts"])})
+        for c in described
+    )
+
+
+def _path(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.safetensors"
