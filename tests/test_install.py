@@ -250,6 +250,7 @@ def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install):
     assert install.commands("test", python, ["-k", "x"]) == [
         ["python", "-m", "ruff", "check", "."],
         ["python", "-m", "ruff", "format", "--check", "."],
+        ["python", "-m", "pip", "install", *install.COPY_DETECTOR],
         ["python", "-m", "tools.comfyui.get_comfyui"],
         ["python", "-m", "tools.web.get_gradio"],
         ["python", "-m", "pytest", "-k", "x"],
@@ -259,7 +260,7 @@ def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install):
     ]
 
 
-@pytest.mark.parametrize(("codes", "expected", "runs"), [([0, 0, 0, 0, 5], 5, 5), ([0, 1], 1, 2), ([0] * 5, 0, 5)])
+@pytest.mark.parametrize(("codes", "expected", "runs"), [([0] * 5 + [5], 5, 6), ([0, 1], 1, 2), ([0] * 6, 0, 6)])
 def test_the_first_failing_step_ends_a_task_with_its_code(install, monkeypatch, codes, expected, runs):
     seen = []
 
