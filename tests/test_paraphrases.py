@@ -358,6 +358,7 @@ def test_choice_of_few_paraphrases() -> None:
     # What never reproduces the image is no target, and what always does is no anchor.
     assert choose("the caption", ranking(0, 0, 0.2)).target_prompts == ("prompt 2",)
     assert choose("the caption", ranking(0.5, 1, 1, 1, 1, 1)).anchor_prompts == ("prompt 0",)
+    assert choose("the caption", ranking(0.5)).anchor_prompts == ("prompt 0",)
 
 
 @pytest.mark.parametrize("rates", [(), (1.0, 1.0)])
