@@ -42,6 +42,7 @@ from .web.app import ui
 
 if TYPE_CHECKING:
     from .core.ablation import Task
+    from .core.details import ConceptDetails
     from .core.evaluation import Evaluation
     from .core.hosts.diffusers import DiffusersDenoiser
     from .core.metrics import Judge
@@ -373,14 +374,20 @@ def _show(found: Evaluation, output: Path) -> None:
     table = Table(title=f"CLIP accuracy, {found.judge}")
     for heading in ("ablation", "concept", "role"):
         table.add_column(heading)
-    for heading in ("before", "after"):
+    for heading in ("before", "after", "95 % interval"):
         table.add_column(heading, justify="right")
     for row in found.concepts:
-        table.add_row(
-            row.ablation, row.name, row.role, f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
-        )
+        figures = f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
+        table.add_row(row.ablation, row.name, row.role, *figures, _interval(row.details))
     console.print(table)
     console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+def _interval(details: ConceptDetails | None) -> str:
+    """Where the accuracy after the edit lies, as far as so few prompts can say."""
+    if details is None or math.isnan(details.accuracy_after.low):
+        return "–"
+    return f"{details.accuracy_after.low:.2f} to {details.accuracy_after.high:.2f}"
 
 
 if __name__ == "__main__":

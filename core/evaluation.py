@@ -17,6 +17,7 @@ from torch import Tensor
 from .concept import Concept, evaluation_prompts, judge_texts
 from .delta import Delta
 from .denoiser import Denoiser
+from .details import ConceptDetails, measure
 from .errors import AblationError
 from .metrics import Judge, clip_accuracy, clip_score
 from .progress import ProgressCallback, Reporter
@@ -48,6 +49,8 @@ class ConceptResult:
     images_before: np.ndarray = field(repr=False)
     """uint8 [prompts, seeds, height, width, 3], sRGB."""
     images_after: np.ndarray = field(repr=False)
+    details: ConceptDetails | None = field(default=None, repr=False)
+    """The same figures and more, with intervals."""
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,7 @@ def compare(jobs: Sequence[Job], before: Drawn, after: Drawn, judge: Judge, sett
     """Judge what `draw` drew of `jobs` with the model before and after an edit."""
     start = time.perf_counter()
     results = tuple(
-        ConceptResult(
-            name=job.name,
-            role=job.role,
-            ablation=job.concept.target,
-            prompts=job.prompts,
-            seeds=settings.seed_range,
-            before=_judge(judge, job, first),
-            after=_judge(judge, job, second),
-            images_before=first,
-            images_after=second,
-        )
+        _judged(judge, job, first, second, settings)
         for job, first, second in zip(jobs, before.images, after.images, strict=True)
     )
     seconds = {
@@ -215,12 +208,23 @@ def draw(
     return Drawn(tuple(sets), time.perf_counter() - start)
 
 
-def _judge(judge: Judge, job: Job, images: np.ndarray) -> ClipMetrics:
-    embedded = judge.embed_images(images.reshape(-1, *images.shape[2:]))
-    other = job.concept.target if job.role == "anchor" else job.concept.anchor
+def _judged(
+    judge: Judge, job: Job, before: np.ndarray, after: np.ndarray, settings: EvaluationSettings
+) -> ConceptResult:
     concept = _embed(judge, job.name, job.concept)
-    return ClipMetrics(
-        clip_accuracy(embedded, concept, _embed(judge, other, job.concept)), clip_score(embedded, concept)
+    other = _embed(judge, job.concept.target if job.role == "anchor" else job.concept.anchor, job.concept)
+    first, second = (judge.embed_images(images.reshape(-1, *images.shape[2:])) for images in (before, after))
+    return ConceptResult(
+        name=job.name,
+        role=job.role,
+        ablation=job.concept.target,
+        prompts=job.prompts,
+        seeds=settings.seed_range,
+        before=ClipMetrics(clip_accuracy(first, concept, other), clip_score(first, concept)),
+        after=ClipMetrics(clip_accuracy(second, concept, other), clip_score(second, concept)),
+        images_before=before,
+        images_after=after,
+        details=measure(first, second, concept, other, len(job.prompts)),
     )
 
 

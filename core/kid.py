@@ -111,12 +111,12 @@ def kid(
 
 def clip_features(judge: Judge) -> Features:
     """A judge's embeddings, scaled to length √D: the kernel then takes their cosine, and is not almost linear in it."""
-    return lambda images: _spherical(judge.embed_images(images))
+    return lambda images: spherical(judge.embed_images(images))
 
 
 def copy_features(detector: CopyDetector) -> Features:
     """A copy detector's embeddings, scaled as those of `clip_features`."""
-    return lambda images: _spherical(detector.embed(images))
+    return lambda images: spherical(detector.embed(images))
 
 
 def inception_features(weights: Path, device: str | torch.device = "cpu") -> Features:
@@ -192,7 +192,8 @@ def _pairs(one: Tensor, other: Tensor, without_diagonal: bool) -> Tensor:
     return (one * (other - 1) if without_diagonal else one * other).double()
 
 
-def _spherical(embeddings: Tensor) -> Tensor:
+def spherical(embeddings: Tensor) -> Tensor:
+    """Normalised embeddings [N, D] at length √D, where the kernel takes their cosine."""
     return embeddings * math.sqrt(embeddings.shape[1])
 
 

@@ -111,9 +111,19 @@ class Judge:
         return F.normalize(self.embed_texts(texts).mean(dim=0), dim=0)
 
 
+def clip_scores(images: Tensor, text: Tensor) -> Tensor:
+    """Cosine between each picture [N, D] and a text [D], [N] in [-1, 1]."""
+    return F.cosine_similarity(images, text[None], dim=-1)
+
+
+def clip_hits(images: Tensor, concept: Tensor, other: Tensor) -> Tensor:
+    """Which pictures [N, D] are strictly nearer to `concept` [D] than to `other` [D], bool [N]."""
+    return clip_scores(images, concept) > clip_scores(images, other)
+
+
 def clip_score(images: Tensor, text: Tensor) -> float:
     """Mean cosine between pictures [N, D] and a text [D], in [-1, 1] (Kumari et al. 2023, section 4.1)."""
-    return F.cosine_similarity(images, text[None], dim=-1).mean().item()
+    return clip_scores(images, text).mean().item()
 
 
 def clip_accuracy(images: Tensor, concept: Tensor, other: Tensor) -> float:
@@ -121,9 +131,7 @@ def clip_accuracy(images: Tensor, concept: Tensor, other: Tensor) -> float:
 
     The two-way CLIP accuracy of Kumari et al. 2023, section 4.1, where `other` is the anchor of the ablated concept.
     """
-    to_concept = F.cosine_similarity(images, concept[None], dim=-1)
-    to_other = F.cosine_similarity(images, other[None], dim=-1)
-    return (to_concept > to_other).float().mean().item()
+    return clip_hits(images, concept, other).float().mean().item()
 
 
 def _load_folder(name: str, folder: Path, device: torch.device) -> Judge:

@@ -207,6 +207,7 @@ def _summary(inputs: ReportInputs) -> dict[str, object]:
             "ablation": result.ablation,
             "before": asdict(result.before),
             "after": asdict(result.after),
+            "details": None if result.details is None else asdict(result.details),
         }
         for result in evaluation.concepts
     ]

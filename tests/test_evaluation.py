@@ -12,6 +12,7 @@ from concept_ablation.core.errors import AblationError
 from concept_ablation.core.evaluation import EvaluationSettings, evaluate, roles
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.samplers import SampleSettings, draw_images
+from concept_ablation.core.statistics import Estimate
 from concept_ablation.core.subsets import select
 
 SETTINGS = EvaluationSettings(prompts=2, seeds=2, sample=SampleSettings(steps=3), batch=5)
@@ -37,6 +38,11 @@ def test_a_delta_of_zeros_changes_nothing(emoji, judge):
         assert row.before == row.after
         assert np.array_equal(row.images_before, row.images_after)
         assert row.images_before.shape == (2, 2, 128, 128, 3)
+        details = row.details
+        assert details.accuracy_before == details.accuracy_after and details.accuracy_change.value == 0
+        assert details.accuracy_after.value == row.after.clip_accuracy
+        assert details.score_change == Estimate(0.0, 0.0, 0.0)
+        assert details.kid_clip.value == pytest.approx(0, abs=1e-9)
 
 
 def test_images_come_from_the_stated_prompts_and_seeds_with_the_delta_on_only_after(emoji, judge):

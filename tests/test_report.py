@@ -122,6 +122,7 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
                 "ablation": "tiger",
                 "before": metrics(before, 0.3),
                 "after": metrics(after, 0.1),
+                "details": None,
             }
             for name, role, before, after in [
                 ("tiger", "target", 1.0, 0.0),

@@ -7,10 +7,10 @@ from typing import Any
 from concept_ablation.tests.comfyui.server import ROOT
 
 WORKFLOWS = ROOT / "example_workflows"
-# About half of what the workflows ask for, and enough for the judge to see the target go.
+# Fewer pictures than the workflows ask for, and enough for the judge to see the target go.
 SMALL = {
     "ConceptAblationBuildDataset": {"images": 16, "preserve": 32, "steps": 8, "keep_on_disk": False},
-    "ConceptAblationAblate": {"steps": 40},
+    "ConceptAblationAblate": {"steps": 60},
     "ConceptAblationEvaluate": {"prompts": 2, "images_per_prompt": 4, "steps": 8},
 }
 # What the embedded draft draws well enough for the judge to say that it is gone; it neither tells styles apart nor has

@@ -43,7 +43,7 @@ FISH, TWEMOJI, REGATTA, BOTH, STRENGTH, GRUMPY = (
 )
 # Small enough for two CPU cores, large enough for the concept to go.
 DATASET: dict[str, Any] = {"images": 32, "preserve": 48, "steps": 10}
-TRAINING: dict[str, Any] = {"steps": 60, "batch": 8}
+TRAINING: dict[str, Any] = {"steps": 60, "batch": 12}
 EVALUATION: dict[str, Any] = {"prompts": 3, "images_per_prompt": 4, "steps": 12}
 OWN = (
     "**Your own model:** replace *Load Emoji Diffusion* by *Load Checkpoint*, or begin with the example "
