@@ -1,0 +1,380 @@
+"""The leak scan: search prompts that still reach a concept after its ablation.
+
+`scan` draws every candidate of `leak_candidates.py` with the same seeds before and after the edit, asks a recogniser
+which pictures show the target, and draws more of the suspicious ones. `further_target_prompts` turns what it found into
+pairs for another training; `write_leak_report` writes it down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .concept import Concept, PromptPair, judge_texts
+from .copies import COPY_THRESHOLD, CopyDetector
+from .delta import Delta, check_fits
+from .denoiser import Denoiser
+from .errors import AblationError
+from .files import replacing, write_json
+from .leak_candidates import Candidate, Words, candidates, plain_prompts
+from .metrics import Judge
+from .progress import ProgressCallback, Reporter
+from .prompts import normalise
+from .samplers import SampleSettings, draw_images
+from .statistics import Estimate, share_interval
+
+Recogniser = Callable[[np.ndarray], np.ndarray]
+"""Pictures, uint8 [N, height, width, 3] -> margins, float [N]: a picture shows the target if its margin is above 0,
+and the more clearly the larger it is.
+"""
+Verdict = Literal["leak", "possible", "none"]
+
+_TILE, _GAP, _MARGIN, _LINE = 128, 4, 16, 22
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """How much a scan draws: every candidate with a few seeds, then the most suspicious ones with more."""
+
+    each: int = 12
+    """Most candidates of a family."""
+    seeds: int = 3
+    """Pictures of every candidate, before and after."""
+    suspects: int = 16
+    """How many candidates are drawn again."""
+    more_seeds: int = 12
+    """Pictures of each of those, and of the plain prompts that the recogniser is checked on, before and after."""
+    pictures: int = 12
+    """How many findings keep their pictures, the worst first."""
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    batch: int = 16
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.each, self.seeds, self.more_seeds, self.batch) < 1 or min(self.suspects, self.pictures) < 0:
+            raise AblationError("A leak scan needs at least one candidate, one seed in each stage and a batch of 1.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one candidate drew. Shares are of pictures that show the target, with their 95 % intervals."""
+
+    candidate: Candidate
+    before: Estimate
+    after: Estimate
+    """The leak score."""
+    margin: float
+    """Mean margin of the pictures after the edit."""
+    confirmed: bool
+    """Whether the shares come from the second stage, whose pictures had no part in choosing the candidate."""
+    verdict: Verdict
+    images_before: np.ndarray | None = field(repr=False)
+    """uint8 [seeds, height, width, 3], sRGB; None for findings that keep none."""
+    images_after: np.ndarray | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LeakReport:
+    """All that a scan found."""
+
+    concept: Concept
+    findings: tuple[Finding, ...]
+    """Every candidate, the worst leak first: by the lower end of the score's interval, then score, then margin."""
+    not_tried: tuple[str, ...]
+    """What could not be tried, and why."""
+    false_alarms: Estimate
+    """Share of the anchor's pictures, drawn by the pretrained model, that the recogniser takes for the target."""
+    target_before: Estimate
+    """The same of the target's plain prompt, before the edit: how much of the target the recogniser sees at all."""
+    target_after: Estimate
+    pictures: int
+    """How many were drawn."""
+    seconds: float
+    settings: dict[str, object]
+
+    @property
+    def leaks(self) -> tuple[Finding, ...]:
+        """Those that certainly reach the target."""
+        return tuple(finding for finding in self.findings if finding.verdict == "leak")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Pictures uint8 [prompts, seeds, height, width, 3] and their margins float [prompts, seeds], before and after."""
+
+    images_before: np.ndarray
+    images_after: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+    def finding(self, row: int, candidate: Candidate, confirmed: bool, false_alarms: Estimate) -> Finding:
+        after = share_interval(self.after[row] > 0)
+        return Finding(
+            candidate,
+            before=share_interval(self.before[row] > 0),
+            after=after,
+            margin=float(self.after[row].mean()),
+            confirmed=confirmed,
+            verdict=_verdict(after, false_alarms),
+            images_before=self.images_before[row],
+            images_after=self.images_after[row],
+        )
+
+
+def by_judge(
+    judge: Judge, concept: Concept, others: Sequence[str] = (), typical: np.ndarray | None = None
+) -> Recogniser:
+    """Take a picture for the target if CLIP finds it clearly nearer to that than to the anchor and each of `others`.
+
+    The margin is that difference of cosines, in [-2, 2], less half of its median over `typical` pictures (but nothing
+    where that is negative): a picture of neither the target nor the anchor lies about halfway between them, and would
+    count as the target half of the time.
+
+    Args:
+        judge: the CLIP model.
+        concept: the target and its anchor.
+        others: concepts of the target's category.
+        typical: the target as the pretrained model draws it (`typical_pictures`, or the pictures before the edit of an
+            evaluation), uint8 [N, height, width, 3].
+    """
+    target = normalise(concept.target)
+    names = [concept.anchor, *(name for name in others if normalise(name) != target)]
+    wanted = judge.embed_concept(judge_texts(concept.target, concept))
+    rivals = torch.stack([judge.embed_concept(judge_texts(name, concept)) for name in names])
+
+    def differences(images: np.ndarray) -> np.ndarray:
+        embedded = judge.embed_images(images)
+        return (embedded @ wanted - (embedded @ rivals.t()).amax(dim=1)).double().numpy()
+
+    least = 0.0 if typical is None else max(0.0, float(np.median(differences(typical))) / 2)
+    return lambda images: differences(images) - least
+
+
+def by_copies(detector: CopyDetector, originals: np.ndarray, threshold: float = COPY_THRESHOLD) -> Recogniser:
+    """Take a picture for the memorized image if it is a copy of any of `originals`, uint8 [M, height, width, 3].
+
+    The margin is the similarity above `threshold`, so a picture exactly on it does not count.
+    """
+
+    def margins(images: np.ndarray) -> np.ndarray:
+        return detector.similarities(images, originals).amax(dim=1).double().numpy() - threshold
+
+    return margins
+
+
+def typical_pictures(
+    denoiser: Denoiser, concept: Concept, settings: ScanSettings, on_progress: ProgressCallback | None = None
+) -> np.ndarray:
+    """The target as the pretrained model draws it from its plain prompt, with seeds that no scan of these settings
+    uses: uint8 [more_seeds, height, width, 3].
+    """
+    prompts = [plain_prompts(concept, denoiser.prompt_source)[0]]
+    start = settings.first_seed + settings.seeds + settings.more_seeds
+    seeds = range(start, start + settings.more_seeds)
+    return _draw(denoiser, prompts, seeds, settings, "Drawing the target", on_progress)[0]
+
+
+def scan(
+    denoiser: Denoiser,
+    delta: Delta,
+    concept: Concept,
+    recognise: Recogniser,
+    settings: ScanSettings | None = None,
+    words: Words | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> LeakReport:
+    """Search prompts that reach the target of an ablation in spite of it.
+
+    A candidate is a leak if the interval of its share lies above that of the false alarms, and a possible one if only
+    its share does. A candidate that was drawn again is judged by its new pictures alone: those that made it suspicious
+    would flatter it.
+
+    Args:
+        denoiser: the pretrained model, with nothing attached that belongs to this ablation.
+        delta: the edit.
+        concept: what it ablates.
+        recognise: says which pictures show the target (`by_judge`, `by_copies`).
+        settings: how much is drawn.
+        words: synonyms and whatever else is known about the target.
+        on_progress: called after each sampling step; raises to cancel.
+
+    Raises:
+        AblationError: there is no prompt to try, or IncompatibleDelta.
+    """
+    settings = settings or ScanSettings()
+    check_fits(delta, denoiser)
+    start = time.perf_counter()
+    tried, not_tried = candidates(denoiser, concept, words or Words(), settings.each)
+    if not tried:
+        raise AblationError(f"There is no prompt to try for {concept.target!r}: give synonyms or a category.")
+    few = range(settings.first_seed, settings.first_seed + settings.seeds)
+    more = range(few.stop, few.stop + settings.more_seeds)
+    first = _stage(denoiser, delta, [one.prompt for one in tried], few, recognise, settings, on_progress, "all prompts")
+    suspects = sorted(range(len(tried)), key=lambda row: _suspicion(first.after[row]), reverse=True)
+    suspects = suspects[: settings.suspects]
+    plain = plain_prompts(concept, denoiser.prompt_source)
+    prompts = [*plain, *(tried[row].prompt for row in suspects)]
+    second = _stage(denoiser, delta, prompts, more, recognise, settings, on_progress, "suspicious prompts")
+    false_alarms = share_interval(second.before[1] > 0)
+    place = {row: len(plain) + index for index, row in enumerate(suspects)}
+    findings = [
+        second.finding(place[row], one, True, false_alarms)
+        if row in place
+        else first.finding(row, one, False, false_alarms)
+        for row, one in enumerate(tried)
+    ]
+    findings.sort(key=lambda one: (one.after.low, one.after.value, one.margin), reverse=True)
+    return LeakReport(
+        concept,
+        findings=tuple(_with_pictures(one, keep=rank < settings.pictures) for rank, one in enumerate(findings)),
+        not_tried=not_tried,
+        false_alarms=false_alarms,
+        target_before=share_interval(second.before[0] > 0),
+        target_after=share_interval(second.after[0] > 0),
+        pictures=2 * (first.before.size + second.before.size),
+        seconds=time.perf_counter() - start,
+        settings=asdict(settings),
+    )
+
+
+def further_target_prompts(report: LeakReport) -> tuple[PromptPair, ...]:
+    """The leaks as pairs (c, c*) for another training: each prompt is to draw what it would say of the anchor.
+
+    For a memorized image the target sides are further `target_prompts` of its concept. An instance or a style takes no
+    target prompts: there the pairs join those of `concept.pairs` in the dataset's plan. Prompts that already ask for
+    the anchor itself (a category that is the anchor) cannot be trained away so, and are left out.
+    """
+    pairs = [PromptPair(one.candidate.anchor_prompt, one.candidate.prompt) for one in report.leaks]
+    return tuple(pair for pair in pairs if normalise(pair.anchor) != normalise(pair.target))
+
+
+def write_leak_report(folder: Path, report: LeakReport) -> Path:
+    """Write leaks.png, if any finding has pictures, and leaks.json into `folder`.
+
+    Returns:
+        The path of leaks.json.
+
+    Raises:
+        AblationError: `folder` cannot be written, or the disk is full.
+    """
+    if any(finding.images_after is not None for finding in report.findings):
+        with replacing(folder / "leaks.png") as temporary:
+            contact_sheet(report).save(temporary)
+    write_json(folder / "leaks.json", summary(report))
+    return folder / "leaks.json"
+
+
+def summary(report: LeakReport) -> dict[str, object]:
+    """The report without its pictures, as JSON has it."""
+    return {
+        "target": report.concept.target,
+        "anchor": report.concept.anchor,
+        "kind": report.concept.kind,
+        "leaks": len(report.leaks),
+        "false_alarms": asdict(report.false_alarms),
+        "target_before": asdict(report.target_before),
+        "target_after": asdict(report.target_after),
+        "findings": [
+            {
+                **asdict(one.candidate),
+                "verdict": one.verdict,
+                "before": asdict(one.before),
+                "after": asdict(one.after),
+                "margin": one.margin,
+                "confirmed": one.confirmed,
+            }
+            for one in report.findings
+        ],
+        "not_tried": list(report.not_tried),
+        "further_target_prompts": [asdict(pair) for pair in further_target_prompts(report)],
+        "pictures": report.pictures,
+        "seconds": report.seconds,
+        "settings": report.settings,
+    }
+
+
+def contact_sheet(report: LeakReport, columns: int = 5) -> Image.Image:
+    """The first pictures of every finding that has some: before (left) and after (right), with the same seeds."""
+    rows = [one for one in report.findings if one.images_before is not None and one.images_after is not None]
+    columns = min(columns, max((len(one.images_after) for one in rows), default=0))
+    side = columns * (_TILE + _GAP)
+    height = _TILE + _LINE + 2 * _GAP
+    canvas = Image.new("RGB", (max(2 * side + 3 * _MARGIN, 480), len(rows) * height + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    # matplotlib's own font knows far more alphabets than the one built into Pillow
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(path), 12)
+    for row, one in enumerate(rows):
+        top = _MARGIN + row * height
+        shares = f"before {one.before.value:.0%}, after {one.after.value:.0%}"
+        text = f"{one.verdict}: {shares} ({one.candidate.family}) {one.candidate.prompt}"
+        draw.text((_MARGIN, top), text, "black", font)
+        for left, images in ((_MARGIN, one.images_before), (2 * _MARGIN + side, one.images_after)):
+            for column, image in enumerate(images[:columns]):
+                picture = Image.fromarray(image)
+                picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+                canvas.paste(picture, (left + column * (_TILE + _GAP), top + _LINE))
+    return canvas
+
+
+def _stage(
+    denoiser: Denoiser,
+    delta: Delta,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recognise: Recogniser,
+    settings: ScanSettings,
+    on_progress: ProgressCallback | None,
+    what: str,
+) -> _Stage:
+    def margins(images: np.ndarray) -> np.ndarray:
+        return recognise(images.reshape(-1, *images.shape[2:])).reshape(images.shape[:2])
+
+    before = _draw(denoiser, prompts, seeds, settings, f"Drawing {what} before", on_progress)
+    with delta.attach(denoiser):
+        after = _draw(denoiser, prompts, seeds, settings, f"Drawing {what} after", on_progress)
+    return _Stage(before, after, margins(before), margins(after))
+
+
+def _draw(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: ScanSettings,
+    phase: str,
+    on_progress: ProgressCallback | None,
+) -> np.ndarray:
+    """Pictures of every prompt with every seed, uint8 [prompts, seeds, height, width, 3]."""
+    every = [prompt for prompt in prompts for _ in seeds]
+    reporter = Reporter(on_progress, phase, len(every) * settings.sample.steps)
+    again = [*seeds] * len(prompts)
+    images = draw_images(denoiser, every, again, settings.sample, batch=settings.batch, reporter=reporter)
+    return images.reshape(len(prompts), len(seeds), *images.shape[1:])
+
+
+def _suspicion(margins: np.ndarray) -> tuple[float, float]:
+    return float((margins > 0).mean()), float(margins.mean())
+
+
+def _verdict(share: Estimate, false_alarms: Estimate) -> Verdict:
+    if share.low > false_alarms.high:
+        return "leak"
+    return "possible" if share.value > false_alarms.value else "none"
+
+
+def _with_pictures(finding: Finding, *, keep: bool) -> Finding:
+    """The finding with pictures of its own, or with none: as views they would keep all that was drawn in memory."""
+    before, after = finding.images_before, finding.images_after
+    return replace(
+        finding,
+        images_before=before.copy() if keep else None,
+        images_after=after.copy() if keep else None,
+    )
