@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,15 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer
 
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts, load_denoiser
 
+REQUIRED = bool(os.environ.get("CI") or os.environ.get("CONCEPT_ABLATION_REQUIRE_COMFYUI"))
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def unavailable(reason: str) -> None:
+    """Skip the test; fail it where everything must be there."""
+    if REQUIRED:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 def make_tiny(width: int = 32, seed: int = 0, prediction_type: str = "epsilon") -> DiffusersDenoiser:
@@ -58,3 +70,34 @@ def tiny() -> DiffusersDenoiser:
 def emoji() -> DiffusersDenoiser:
     """The embedded model, as users get it."""
     return load_denoiser()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's program."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        unavailable("there is no chromium: install it, or name its program in the environment variable CHROMIUM")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Any]:
+    """A headless browser, one for all tests: playwright's synchronous API can be started once in a process."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        unavailable("there is no playwright: pip install playwright")
+    # Chromium's own sandbox does not start for root, which CI is
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if root else [])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots are kept: where CONCEPT_ABLATION_ARTEFACTS says, or with pytest's files."""
+    folder = os.environ.get("CONCEPT_ABLATION_ARTEFACTS")
+    return Path(folder) if folder else tmp_path_factory.mktemp("screenshots")

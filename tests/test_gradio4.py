@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from concept_ablation.tests.conftest import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 GRADIO = Path(os.environ.get("CONCEPT_ABLATION_GRADIO4", ROOT / ".gradio4"))
-REQUIRED = bool(os.environ.get("CI") or os.environ.get("CONCEPT_ABLATION_REQUIRE_COMFYUI"))
 FILES = ("tests/test_web.py", "tests/web/test_jobs.py", "tests/web/test_server.py")
 
 
@@ -24,8 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_page_works_on_the_gradio_of_forge():
     if not GRADIO.is_dir():
-        told = f"there is no gradio 4.40 in {GRADIO}: run python -m tools.web.get_gradio"
-        pytest.fail(told) if REQUIRED else pytest.skip(told)
+        unavailable(f"there is no gradio 4.40 in {GRADIO}: run python -m tools.web.get_gradio")
     assert run("-c", "import gradio; print(gradio.__version__)").stdout.split()[-1] == "4.40.0"
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -20,6 +20,7 @@ import pytest
 
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.progress import Progress
+from concept_ablation.tests.conftest import unavailable
 from concept_ablation.tests.forge import contract
 from concept_ablation.web import extension
 from concept_ablation.web.host import Applied
@@ -65,8 +66,7 @@ def gradio():
     try:
         import gradio
     except ImportError:
-        message = 'there is no gradio: pip install "gradio>=4.40"'
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        unavailable('there is no gradio: pip install "gradio>=4.40"')
     return gradio
 
 

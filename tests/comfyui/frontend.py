@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import ConsoleMessage, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
 
 from concept_ablation.tests.comfyui.client import Client
 
@@ -99,17 +98,13 @@ class FrontEnd:
 
 
 @contextlib.contextmanager
-def opened(address: str, client: Client, chromium: str, artefacts: Path) -> Iterator[FrontEnd]:
+def opened(address: str, client: Client, browser: Browser, artefacts: Path) -> Iterator[FrontEnd]:
     """The front end of the server at host:port; screenshots go to the folder `artefacts`."""
     client.post("/settings", SETTINGS)
-    # Chromium's own sandbox does not start for root, which CI is
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if root else [])
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        front_end = FrontEnd(page, artefacts)
-        page.goto(f"http://{address}/", timeout=START_MILLISECONDS)
-        page.wait_for_function("window.app?.extensionManager && app.graph", timeout=START_MILLISECONDS)
-        page.locator(".side-tool-bar-container, .side-bar-button").first.wait_for(timeout=START_MILLISECONDS)
-        yield front_end
-        browser.close()
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    front_end = FrontEnd(page, artefacts)
+    page.goto(f"http://{address}/", timeout=START_MILLISECONDS)
+    page.wait_for_function("window.app?.extensionManager && app.graph", timeout=START_MILLISECONDS)
+    page.locator(".side-tool-bar-container, .side-bar-button").first.wait_for(timeout=START_MILLISECONDS)
+    yield front_end
+    page.close()

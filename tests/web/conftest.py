@@ -1,10 +1,8 @@
-"""Fixtures of the tests that serve the page: a real gradio server and, for some of them, a real browser."""
+"""Fixtures of the tests that serve the page: a real gradio server, and the page in a browser."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from concept_ablation.tests.conftest import unavailable
+
 # gradio 4's own page asks for this script; without a network it goes without
 GRADIO_4 = "https://cdnjs.cloudflare.com/ajax/libs/iframe-resizer/"
-REQUIRED = bool(os.environ.get("CI") or os.environ.get("CONCEPT_ABLATION_REQUIRE_BROWSER"))
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,6 @@ class Site:
 
     url: str
     output: Path
-
-
-def unavailable(reason: str) -> None:
-    """Skip the test; fail it where everything must be there."""
-    if REQUIRED:
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
 
 
 @contextlib.contextmanager
@@ -65,30 +57,6 @@ def site(gradio: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site
         yield started
 
 
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The browser's program."""
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        unavailable("there is no chromium: install it, or name its program in the environment variable CHROMIUM")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def browser(chromium: str) -> Iterator[Any]:
-    """A headless browser."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        unavailable("there is no playwright: pip install playwright")
-    # Chromium's own sandbox does not start for root, which CI is
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if root else [])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
     """Open the app as somebody who was never there; what the page complains about fails the test."""
@@ -113,13 +81,6 @@ def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert complaints == []
-
-
-@pytest.fixture(scope="session")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots are kept: where CONCEPT_ABLATION_ARTEFACTS says, or with pytest's files."""
-    folder = os.environ.get("CONCEPT_ABLATION_ARTEFACTS")
-    return Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
 
 
 def _is_foreign(url: str) -> bool:
