@@ -15,7 +15,7 @@ from ..core.subsets import SUBSETS
 from ..core.trainer import OBJECTIVES
 from . import views
 from .ablating import STAGES, AblationResult, ablation
-from .compat import private
+from .compat import in_turn, private
 from .form import FIELDS, PRESET, Form, check, preset_values, suggest_anchor
 from .host import Host
 from .jobs import Job, Runner
@@ -192,6 +192,7 @@ class AblatePage:
             [self._session, self._form_note, *errors, *self._shown, self._chosen, *self._result_outputs],
             show_progress="hidden",
             api_name="ablate",
+            **in_turn(),
         )
         started.then(None, None, None, js=_SHOW_JS, **private())
         self._timer.tick(
@@ -200,9 +201,10 @@ class AblatePage:
             self.poll_outputs,
             show_progress="hidden",
             api_name="progress",
-            concurrency_limit=None,
+            **in_turn(),
         )
-        self._cancel.click(self._stop, self.poll_inputs, self.poll_outputs, show_progress="hidden", api_name="cancel")
+        told = {"show_progress": "hidden", "api_name": "cancel", **in_turn()}
+        self._cancel.click(self._stop, self.poll_inputs, self.poll_outputs, **told)
         suggestion = [f["target"], f["anchor"], f["kind"], f["model"]]
         filled = [f["anchor"], self._errors["anchor"]]
         f["target"].blur(self._suggest, suggestion, filled, **quiet)

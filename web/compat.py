@@ -16,6 +16,13 @@ def private() -> dict[str, Any]:
     return {"api_visibility": "private"} if "api_visibility" in parameters else {"api_name": False}
 
 
+def in_turn() -> dict[str, Any]:
+    """Arguments of events that write the same part of the page: one after another, so that none is overtaken by an
+    older answer.
+    """
+    return {"concurrency_id": "concept-ablation-page", "concurrency_limit": 1}
+
+
 def launch_arguments(theme: Any) -> dict[str, Any]:
     """Arguments of `launch` for a plain page: gradio 6 takes the theme there and names the footer's links."""
     return {"theme": theme, "footer_links": []} if SIX else {"show_api": False}

@@ -9,7 +9,7 @@ import gradio as gr
 
 from . import views
 from .ablate_page import AblatePage
-from .compat import private
+from .compat import in_turn, private
 from .draw_page import DrawPage
 from .host import Host
 from .jobs import Runner
@@ -61,7 +61,8 @@ def build_tab(host: Host, *, heading: bool = False, **blocks_arguments: Any) -> 
         saved.connect()
         saved_tab.select(saved.refresh, saved.choice, saved.listing, show_progress="hidden", **private())
         begun = blocks.load(_session, key, session, js=_SESSION_JS, show_progress="hidden", **private())
-        begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, show_progress="hidden", **private())
+        quiet = {"show_progress": "hidden", **private(), **in_turn()}
+        begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, **quiet)
     return blocks
 
 

@@ -112,6 +112,17 @@ def test_a_host_with_one_model_and_no_drawing_gets_a_plain_tab(gradio, tmp_path,
     assert "Try it" not in config and "<h1>" not in config and "Saved deltas" in config
 
 
+def test_events_that_write_the_same_part_of_the_page_take_turns(gradio, tmp_path, make_model):
+    """An older answer that came last left a page that had stopped asking as it was before."""
+    from concept_ablation.web.tab import build_tab
+
+    events = build_tab(TinyHost(tmp_path, make_model())).fns.values()
+    writing = [event for event in events if any(isinstance(output, gradio.Timer) for output in event.outputs)]
+    assert len(writing) == 4, "start, tick, cancel, and what a page shows first"
+    assert {event.concurrency_limit for event in writing} == {1}
+    assert len({event.concurrency_id for event in writing}) == 1
+
+
 def test_a_delta_that_a_busy_model_uses_is_not_deleted(gradio, tmp_path, make_model):
     from concept_ablation.web.saved_page import SavedPage
 
