@@ -29,8 +29,8 @@ _SESSION_JS = """() => {
       key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, "0")).join("");
       localStorage.setItem(name, key);
     }
-    return [key];
-  } catch (error) { return [""]; }
+    return [key, null];
+  } catch (error) { return ["", null]; }
 }"""
 
 
@@ -60,12 +60,14 @@ def build_tab(host: Host, *, heading: bool = False, **blocks_arguments: Any) -> 
         ablate.connect()
         saved.connect()
         saved_tab.select(saved.refresh, saved.choice, saved.listing, show_progress="hidden", **private())
-        begun = blocks.load(_session, key, session, js=_SESSION_JS, show_progress="hidden", **private())
         quiet = {"show_progress": "hidden", **private(), **in_turn()}
+        begun = blocks.load(_session, [key, session], session, js=_SESSION_JS, **quiet)
         begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, **quiet)
     return blocks
 
 
-def _session(key: str | None) -> str:
-    """The browser's own key, or a new one if it has none."""
+def _session(key: str | None, session: str) -> str:
+    """The browser's own key, or a new one if it has none; the session stays if a job was started in it already."""
+    if session:
+        return session
     return key if key and len(key) == 32 and key.isalnum() else uuid.uuid4().hex

@@ -123,6 +123,14 @@ def test_events_that_write_the_same_part_of_the_page_take_turns(gradio, tmp_path
     assert len({event.concurrency_id for event in writing}) == 1
 
 
+def test_a_session_in_which_a_job_was_started_before_the_page_had_its_key_stays():
+    from concept_ablation.web.tab import _session
+
+    key = "0123456789abcdef" * 2
+    assert _session(key, "") == key and _session(key, "begun already") == "begun already"
+    assert len(_session("../x", "")) == 32
+
+
 def test_a_delta_that_a_busy_model_uses_is_not_deleted(gradio, tmp_path, make_model):
     from concept_ablation.web.saved_page import SavedPage
 
