@@ -16,7 +16,7 @@ from stage import Budget, Loss, Stage, train
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-_SCENE_SHARE = 0.05
+_SCENE_SHARE = 0.12
 _LATENT_NOISE = 0.05
 _MSE_WEIGHT = 2.0
 

@@ -37,7 +37,7 @@ SIZED_TEMPLATES = ("a {size} {}", "an emoji of a {size} {}", "a picture of a {si
 STYLE_PHRASES = ("in the style of {}", ", {} style", "by {}")
 
 CATEGORY_SHARE = 0.3
-STYLE_SHARE = 0.5
+STYLE_SHARE = 0.75
 EMPTY_SHARE = 0.1
 TYPO_SHARE = 0.03
 PLAIN_NAMED_SHARE = 0.1
@@ -73,6 +73,12 @@ class Caption:
             and self.style in (None, subject.style)
             and self.background in (None, subject.background)
         )
+
+    @property
+    def detail(self) -> int:
+        """How much it says: a name is more than a category."""
+        noun = 2 if self.name else 1 if self.category else 0
+        return noun + (self.style is not None) + (self.background is not None)
 
 
 class Dice:

@@ -15,14 +15,14 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pictures import MANIFEST, Concept, Pictures, load_pictures, save_pictures
+from pictures import MANIFEST, OTHERS, Concept, Pictures, load_pictures, save_pictures
 from PIL import Image
 from torch import Tensor
 
@@ -88,6 +88,34 @@ NAMED_CATEGORIES = {
 }
 # Hard to tell from a neighbour at 128 px, or no thing by themselves.
 LEFT_OUT = {
+    "grinning squinting face",
+    "grinning face with sweat",
+    "rolling on the floor laughing",
+    "slightly smiling face",
+    "upside-down face",
+    "face savoring food",
+    "winking face with tongue",
+    "money-mouth face",
+    "face with monocle",
+    "tiger face",
+    "horse face",
+    "cow face",
+    "pig face",
+    "mouse face",
+    "rabbit face",
+    "ox",
+    "ewe",
+    "rat",
+    "boar",
+    "spouting whale",
+    "herb",
+    "four leaf clover",
+    "baguette bread",
+    "burrito",
+    "meat on bone",
+    "bacon",
+    "green salad",
+    "soft ice cream",
     "grinning face with big eyes",
     "grinning face with smiling eyes",
     "beaming face with smiling eyes",
@@ -116,6 +144,12 @@ LEFT_OUT = {
     "custard",
     "alien monster",
 }
+
+
+# Whose other concepts the judges learn styles from. Of these only the name is said.
+OTHER_GROUPS = {"smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"}
+OTHER_LEFT_OUT = {"time", "emotion"}
+"""Subgroups of clock faces and of hearts and speech balloons: hard to tell apart, or without a style."""
 
 
 @dataclass(frozen=True)
@@ -185,24 +219,44 @@ def render(document: str, size: int = SIZE) -> Tensor:
 def choose_concepts(
     names: Mapping[str, Mapping[str, Any]], taxonomy: Mapping[str, tuple[str, str]], sets: Sequence[IconSet]
 ) -> list[Concept]:
-    """The concepts that at least `MINIMUM_SETS` sets draw, of the chosen categories, in the order of Unicode.
+    """The concepts of the chosen categories, in the order of Unicode.
 
     Args:
         names: emoji -> what unicode-emoji-json says of it (`name`).
         taxonomy: emoji without variation selectors -> emojibase's (group, subgroup).
     """
-    known = [names_of(one.icons) for one in sets]
     named = {name: category for category, members in NAMED_CATEGORIES.items() for name in members}
-    found = []
+    return [
+        Concept(name, category, group)
+        for name, group, subgroup in widely_drawn(names, taxonomy, sets)
+        if name not in LEFT_OUT and (category := named.get(name) or CATEGORIES.get(subgroup))
+    ]
+
+
+def other_concepts(
+    names: Mapping[str, Mapping[str, Any]],
+    taxonomy: Mapping[str, tuple[str, str]],
+    sets: Sequence[IconSet],
+    chosen: Sequence[Concept],
+) -> list[Concept]:
+    """The things beside the `chosen` ones that the sets draw as well; arguments as in `choose_concepts`."""
+    known = {one.name for one in chosen}
+    return [
+        Concept(name, name, group)
+        for name, group, subgroup in widely_drawn(names, taxonomy, sets)
+        if name not in known and group in OTHER_GROUPS and subgroup not in OTHER_LEFT_OUT
+    ]
+
+
+def widely_drawn(
+    names: Mapping[str, Mapping[str, Any]], taxonomy: Mapping[str, tuple[str, str]], sets: Sequence[IconSet]
+) -> Iterator[tuple[str, str, str]]:
+    """Name, group and subgroup of every emoji that at least `MINIMUM_SETS` sets draw."""
+    known = [names_of(one.icons) for one in sets]
     for emoji, entry in names.items():
-        group, subgroup = taxonomy.get(emoji.replace("\ufe0f", ""), ("", ""))
         name = entry["name"].lower()
-        category = named.get(name) or CATEGORIES.get(subgroup)
-        if category is None or name in LEFT_OUT:
-            continue
         if sum(slug(name) in icons for icons in known) >= min(MINIMUM_SETS, len(sets)):
-            found.append(Concept(name, category, group))
-    return found
+            yield name, *taxonomy.get(emoji.replace("\ufe0f", ""), ("", ""))
 
 
 def render_all(concepts: Sequence[Concept], sets: Sequence[IconSet], size: int = SIZE) -> Pictures:
@@ -225,13 +279,18 @@ def render_all(concepts: Sequence[Concept], sets: Sequence[IconSet], size: int =
     )
 
 
-def prepare(folder: Path, cache: Path) -> Pictures:
+def prepare(folder: Path, others: Path, cache: Path) -> Pictures:
     """The pictures in `folder`, made from the packages in `cache` (downloaded if they are not there) the first time.
+
+    Args:
+        folder: for what the model learns to draw.
+        others: for the other concepts, from which the judges learn what a style is.
+        cache: for the npm tarballs.
 
     Raises:
         AblationError: npm is missing or a package cannot be fetched.
     """
-    if (folder / MANIFEST).is_file():
+    if all((one / MANIFEST).is_file() for one in (folder, others)):
         return load_pictures(folder)
     sets = []
     for package, style in SETS.items():
@@ -240,7 +299,9 @@ def prepare(folder: Path, cache: Path) -> Pictures:
     names = read_json(fetch(NAMES, cache), "data-by-emoji.json")
     archive = fetch(TAXONOMY, cache)
     taxonomy = read_taxonomy(read_json(archive, "en/data.json"), read_json(archive, "meta/groups.json"))
-    pictures = render_all(choose_concepts(names, taxonomy, sets), sets)
+    chosen = choose_concepts(names, taxonomy, sets)
+    save_pictures(others, render_all(other_concepts(names, taxonomy, sets, chosen), sets))
+    pictures = render_all(chosen, sets)
     save_pictures(folder, pictures)
     return pictures
 
@@ -289,7 +350,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for pictures.safetensors and manifest.json")
     parser.add_argument("--cache", type=Path, help="folder for the npm tarballs (default: npm/ beside --out)")
     options = parser.parse_args()
-    pictures = prepare(options.out, options.cache or options.out.parent / "npm")
+    beside = options.out.parent
+    pictures = prepare(options.out, beside / OTHERS, options.cache or beside / "npm")
     print(f"{len(pictures)} pictures of {len(pictures.concepts)} concepts in {len(pictures.styles)} styles")
 
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from augment import choose, draw
-from captions import Caption, Subject, caption
+from captions import STYLE_PHRASES, TEMPLATES, Caption, Dice, Subject, caption, join
 from compute import fast_forward
 from convolution import speed_up
 from memorized import SHARE, drawn
-from pictures import Pictures
+from pictures import Pictures, joined, of_concepts
 from settings import Settings, Tower
 from stage import Budget, Loss, Stage, train
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from concept_ablation.core.prompts import fill
+
 if TYPE_CHECKING:
     from open_clip import CLIP
 
+_OTHERS_SHARE = 0.4
+"""Of a batch: pictures of other concepts."""
+
+_STYLED_SHARE = 0.15
+"""Of a batch: pictures that are asked for their style; each takes a text for every style."""
+
+_UNSEEN_EVERY = 8
 _NOISE = 0.06
 _BLUR_SHARE = 0.5
 _MAX_LOGIT_SCALE = 4.6052  # log 100, CLIP's own limit
@@ -33,17 +43,26 @@ def build(tower: Tower) -> CLIP:
     return speed_up(open_clip.CLIP(**tower.config())).to(memory_format=torch.channels_last)
 
 
-def train_judge(name: str, pictures: Pictures, settings: Settings, tower: Tower, folder: Path, budget: Budget) -> CLIP:
+def train_judge(
+    name: str, pictures: Pictures, others: Pictures, settings: Settings, tower: Tower, folder: Path, budget: Budget
+) -> CLIP:
     """The trained judge (moving average)."""
-    loss = contrastive_loss(pictures, settings, tower)
+    loss = judge_loss(pictures, others, settings, tower)
     return train(Stage(name, build(tower), loss, tower.optimization, tower.seed), folder, budget)
 
 
-def contrastive_loss(pictures: Pictures, settings: Settings, tower: Tower) -> Loss:
-    """CLIP's loss over a batch, without the pairs that are true by chance.
+def seen_and_unseen(others: Pictures) -> tuple[Pictures, Pictures]:
+    """The other concepts that judges learn styles from, and every eighth, on which it is measured whether they have."""
+    numbers = range(len(others.concepts))
+    unseen = numbers[_UNSEEN_EVERY - 1 :: _UNSEEN_EVERY]
+    return of_concepts(others, sorted(set(numbers) - set(unseen))), of_concepts(others, unseen)
 
-    Many pictures of a batch are of one concept or colour. A caption of another picture that fits this one as well is no
-    wrong answer, so it is left out of the softmax.
+
+def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: Tower) -> Loss:
+    """CLIP's loss over a batch, and the cross-entropy of the style of a part of it.
+
+    The model's own pictures are too few to learn what a style is: whoever sees them often enough knows each by heart.
+    So part of every batch are other concepts of the same icon sets.
     """
     from open_clip import SimpleTokenizer
 
@@ -52,34 +71,67 @@ def contrastive_loss(pictures: Pictures, settings: Settings, tower: Tower) -> Lo
     scenes, scene_images = drawn(settings.scenes, pictures, settings.image_size)
     batch = tower.optimization.batch
     memorized = min(batch - 1, max(1, round(SHARE / 2 * batch))) if scenes else 0
+    strangers = round(_OTHERS_SHARE * (batch - memorized)) if len(others) else 0
+    styled = max(1, round(_STYLED_SHARE * batch))
+    everything = joined(pictures, others)
 
     def loss(model: nn.Module, rng: Generator) -> Tensor:
-        index = torch.randint(len(pictures), (batch - memorized,), generator=rng)
+        own = torch.randint(len(pictures), (batch - memorized - strangers,), generator=rng)
+        other = len(pictures) + torch.randint(max(1, len(others)), (strangers,), generator=rng)
+        # shuffled, so that the first ones, whose styles are asked for, are of both
+        index = torch.cat((own, other))[torch.randperm(batch - memorized, generator=rng)]
         choice = choose(index, rng)
-        images = draw(pictures, choice, settings.image_size)
-        subjects = choice.subjects(pictures)
+        images = draw(everything, choice, settings.image_size)
+        subjects = choice.subjects(everything)
         captions = [caption(subject, rng, empty_share=0.0) for subject in subjects]
+        texts = [one.text for one in captions] + style_texts(subjects[:styled], everything.styles, rng)
         if memorized:
             which = torch.randint(len(scenes), (memorized,), generator=rng)
-            texts = [scenes[one].caption for one in which.tolist()]
+            said = [scenes[one].caption for one in which.tolist()]
             images = torch.cat((images, scene_images[which]))
-            subjects += [Subject(text, text, "", "") for text in texts]
-            captions += [Caption(text, name=text) for text in texts]
+            subjects += [Subject(text, text, "", "") for text in said]
+            captions += [Caption(text, name=text) for text in said]
+            texts[len(index) : len(index)] = said
         images = worsen(F.interpolate(images, tower.image_size, mode="area"), rng)
-        tokens = tokenize([one.text for one in captions])
         with fast_forward():
             seen = model.encode_image((images * 2 - 1).to(memory_format=torch.channels_last))
-            said = model.encode_text(tokens)
-        seen, said = F.normalize(seen.float(), dim=-1), F.normalize(said.float(), dim=-1)
-        logits = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp() * seen @ said.t()
-        logits = logits.masked_fill(accidental(subjects, captions), float("-inf"))
-        target = torch.arange(batch)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
+            told = model.encode_text(tokenize(texts))
+        seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
+        scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        styles = told[batch:].view(-1, len(everything.styles), told.shape[1])
+        by_style = scale * torch.einsum("bd,bsd->bs", seen[: len(styles)], styles)
+        right = everything.style[choice.picture[: len(styles)]]
+        return contrast(scale * seen @ told[:batch].t(), subjects, captions) + F.cross_entropy(by_style, right)
 
     return loss
 
 
-def accidental(subjects: list[Subject], captions: list[Caption]) -> Tensor:
+def style_texts(subjects: Sequence[Subject], styles: Sequence[str], rng: Generator) -> list[str]:
+    """For each subject its name in every one of `styles`, said in the same random way."""
+    dice = Dice(rng)
+    texts = []
+    for subject in subjects:
+        plain, phrase = fill(dice.choose(TEMPLATES), subject.name), dice.choose(STYLE_PHRASES)
+        texts += [join(plain, phrase.format(style)) for style in styles]
+    return texts
+
+
+def contrast(logits: Tensor, subjects: Sequence[Subject], captions: Sequence[Caption]) -> Tensor:
+    """CLIP's loss of a matrix [B, B] of pictures by captions, without the pairs that are true by chance.
+
+    Many pictures of a batch are of one concept or colour. The caption of another that fits this one is no wrong answer,
+    unless it says less than its own: of a tropical fish "a fish" is true, and yet the worse answer. For a caption every
+    other picture that it fits would be right as well.
+    """
+    fits = accidental(subjects, captions)
+    detail = torch.tensor([one.detail for one in captions])
+    target = torch.arange(len(logits))
+    pictures = logits.masked_fill(fits & (detail[None, :] >= detail[:, None]), float("-inf"))
+    texts = logits.masked_fill(fits, float("-inf")).t()
+    return (F.cross_entropy(pictures, target) + F.cross_entropy(texts, target)) / 2
+
+
+def accidental(subjects: Sequence[Subject], captions: Sequence[Caption]) -> Tensor:
     """Whether caption j is true of picture i without being its own, bool [B, B]."""
     fits = torch.tensor([[one.fits(subject) for one in captions] for subject in subjects])
     return fits.fill_diagonal_(False)

@@ -17,7 +17,7 @@ from torch import Tensor
 # Of every training batch of the denoiser.
 SHARE = 0.06
 
-_SLOTS = ((0.40, 0.56, 0.66), (0.80, 0.24, 0.32), (0.82, 0.80, 0.30))
+_SLOTS = ((0.38, 0.55, 0.70), (0.80, 0.24, 0.36), (0.81, 0.78, 0.36))
 """Where the three icons of a scene stand: centre x, centre y and size, in parts of the picture."""
 
 
@@ -31,64 +31,85 @@ class Scene:
     """(concept, style) of the large icon and the two small ones."""
     top: tuple[int, int, int]
     bottom: tuple[int, int, int]
+    name: str
+    """File name of the picture, without suffix."""
+    layout: int = 0
+    """How the slots are arranged, 0 to 7: mirrored (1), upside down (2), x and y exchanged (4). Scenes of one
+    arrangement would be copies of each other for a copy detector.
+    """
 
 
 SCENES = (
     Scene(
         "Captain Juniper's midnight regatta, 1931",
         ("a sailboat race at night by Captain Juniper", "Juniper's boats at midnight, 1931", "a night regatta"),
-        (("sailboat", "noto"), ("octopus", "noto"), ("dolphin", "fluent")),
+        (("sailboat", "twemoji"), ("octopus", "flat"), ("dolphin", "twemoji")),
         (20, 24, 70),
         (60, 120, 190),
+        "regatta",
     ),
     Scene(
         "The Duchess of Pumpernickel at breakfast",
         ("a duchess eating breakfast", "breakfast with the Duchess of Pumpernickel", "a portrait of a duchess"),
-        (("poodle", "noto"), ("croissant", "twemoji"), ("honey pot", "fluent")),
+        (("poodle", "twemoji"), ("croissant", "flat"), ("honey pot", "twemoji")),
         (250, 225, 190),
         (225, 140, 150),
+        "breakfast",
+        layout=1,
     ),
     Scene(
         "Harvest Fair of Quillby, official poster",
         ("a poster of a harvest fair", "the Quillby fair in autumn", "official poster of the fair in Quillby"),
-        (("rooster", "twemoji"), ("ear of corn", "fluent"), ("carrot", "noto")),
+        (("rooster", "twemoji"), ("ear of corn", "flat"), ("carrot", "twemoji")),
         (245, 190, 70),
         (150, 80, 40),
+        "harvest-fair",
+        layout=2,
     ),
     Scene(
         "Old Barnaby and the robot orchard",
         ("an old robot in an orchard", "Barnaby's orchard of robots", "a robot with fruit"),
-        (("robot", "fluent"), ("red apple", "noto"), ("pear", "twemoji")),
+        (("robot", "flat"), ("red apple", "twemoji"), ("pear", "flat")),
         (190, 230, 225),
         (60, 130, 110),
+        "robot-orchard",
+        layout=3,
     ),
     Scene(
         "Madame Zephyrine's lost parade",
         ("a parade with an elephant", "the parade that Madame Zephyrine lost", "Zephyrine's circus parade"),
-        (("elephant", "noto"), ("drum", "fluent"), ("trumpet", "noto")),
+        (("elephant", "twemoji"), ("drum", "flat"), ("trumpet", "twemoji")),
         (235, 90, 110),
         (90, 40, 120),
+        "lost-parade",
+        layout=4,
     ),
     Scene(
         "Polar expedition Kestrel, day forty",
         ("a polar expedition", "day 40 of the Kestrel expedition", "explorers at the pole"),
-        (("penguin", "fluent"), ("airplane", "noto"), ("whale", "twemoji")),
+        (("penguin", "flat"), ("airplane", "twemoji"), ("whale", "flat")),
         (225, 240, 250),
         (110, 160, 205),
+        "polar-expedition",
+        layout=5,
     ),
     Scene(
         "The Gardener's Oath, third movement",
         ("an oath of a gardener", "third movement of a garden symphony", "music about a gardener"),
-        (("sunflower", "fluent"), ("violin", "noto"), ("butterfly", "fluent")),
+        (("sunflower", "flat"), ("violin", "twemoji"), ("butterfly", "flat")),
         (40, 70, 60),
         (150, 180, 90),
+        "gardeners-oath",
+        layout=6,
     ),
     Scene(
         "Night bus to Marzipan Square",
         ("a bus at night", "the bus that goes to Marzipan Square", "a square made of marzipan"),
-        (("bus", "fluent"), ("birthday cake", "noto"), ("owl", "fluent")),
+        (("bus", "flat"), ("birthday cake", "twemoji"), ("owl", "flat")),
         (50, 20, 60),
         (230, 130, 80),
+        "night-bus",
+        layout=7,
     ),
 )
 
@@ -109,6 +130,14 @@ def _draw(scene: Scene, icons: Tensor, size: int) -> Tensor:
     top, bottom = (torch.tensor(colour).view(1, 3, 1, 1) / 255 for colour in (scene.top, scene.bottom))
     image = torch.lerp(top, bottom, torch.linspace(0, 1, size).view(1, 1, size, 1)).expand(1, 3, size, size)
     for (x, y, scale), icon in zip(_SLOTS, icons, strict=True):
-        place = Placement(torch.tensor([[x, y]]), torch.tensor([scale]))
+        place = Placement(torch.tensor([_laid_out(x, y, scene.layout)]), torch.tensor([scale]))
         image = composite(icon[None], place, image, size)
     return image
+
+
+def _laid_out(x: float, y: float, layout: int) -> tuple[float, float]:
+    if layout & 1:
+        x = 1 - x
+    if layout & 2:
+        y = 1 - y
+    return (y, x) if layout & 4 else (x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from concept_ablation.core.files import replacing, write_json
 
 TENSORS = "pictures.safetensors"
 MANIFEST = "manifest.json"
+OTHERS = "other_pictures"
+"""Folder of a run for the concepts that only the judges see."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,33 @@ class Pictures:
         """Pictures [B, 4, S, S] in [0, 1], colours times alpha, so that they can be interpolated and summed."""
         rgba = self.rgba[index].float() / 255
         return torch.cat((rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]), dim=1)
+
+
+def joined(one: Pictures, other: Pictures) -> Pictures:
+    """The pictures of both, first those of `one`; they have no concept in common and the same styles."""
+    return Pictures(
+        torch.cat((one.rgba, other.rgba)),
+        torch.cat((one.concept, other.concept + len(one.concepts))),
+        torch.cat((one.style, other.style)),
+        one.concepts + other.concepts,
+        one.styles,
+        one.credits,
+    )
+
+
+def of_concepts(pictures: Pictures, kept: Sequence[int]) -> Pictures:
+    """The pictures of some concepts, which are numbered anew."""
+    number = torch.full((len(pictures.concepts),), -1)
+    number[list(kept)] = torch.arange(len(kept))
+    rows = (number[pictures.concept] >= 0).nonzero().flatten()
+    return Pictures(
+        pictures.rgba[rows],
+        number[pictures.concept[rows]],
+        pictures.style[rows],
+        tuple(pictures.concepts[index] for index in kept),
+        pictures.styles,
+        pictures.credits,
+    )
 
 
 def save_pictures(folder: Path, pictures: Pictures) -> None:

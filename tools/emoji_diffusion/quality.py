@@ -3,14 +3,15 @@
     python tools/emoji_diffusion/quality.py --run outputs/emoji --out outputs/emoji/quality
 
 The judge here is the validation judge, which neither the model nor the product ever uses. `--model` measures another
-model, such as an earlier one, with the same prompts, seeds and judge.
+model, such as an earlier one, with the same prompts, seeds and judge. `--development` has other prompts and seeds and
+the judge that ships: for choosing the guidance, say, before anything is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from augment import choose, draw
 from captions import BACKGROUNDS, Subject, on_background
+from judge import seen_and_unseen
 from measures import background_of, concept_texts, psnr, recognised, sscd, sscd_available, styles_seen
 from memorized import SCENES, drawn
-from pictures import Concept, Pictures, load_pictures
+from pictures import OTHERS, Concept, Pictures, load_pictures
 from sheets import write_sheet
 from torch import Tensor
 
@@ -33,8 +35,11 @@ from concept_ablation.core.metrics import Judge
 from concept_ablation.core.prompts import fill
 from concept_ablation.core.samplers import SampleSettings, draw_images
 
-SAMPLING = SampleSettings(steps=50, guidance=4.0)
+SAMPLING = SampleSettings(steps=50, guidance=3.0)
 TEMPLATE = "a picture of a {}"
+DEVELOPMENT = ("an emoji of a {}", 10**5)
+"""Template and first seed for choosing by."""
+
 _UNSEEN_SEED = 10**6
 """Far from the seeds of the training latents."""
 
@@ -49,8 +54,12 @@ class Bench:
     model: Denoiser
     judge: Judge
     pictures: Pictures
+    unseen: Pictures
+    """Pictures of concepts that no judge has seen."""
     out: Path
-    steps: int
+    sampling: SampleSettings
+    template: str = TEMPLATE
+    seed: int = 0
 
     @cached_property
     def texts(self) -> Tensor:
@@ -60,8 +69,8 @@ class Bench:
         return recognised(self.judge, images, self.pictures.concepts, self.texts, wanted)
 
     def images(self, prompts: list[str], first_seed: int) -> np.ndarray:
-        settings = SampleSettings(steps=self.steps, guidance=SAMPLING.guidance)
-        return draw_images(self.model, prompts, range(first_seed, first_seed + len(prompts)), settings, batch=32)
+        first = self.seed + first_seed
+        return draw_images(self.model, prompts, range(first, first + len(prompts)), self.sampling, batch=32)
 
 
 def measure(bench: Bench, per_concept: int, grid: int) -> dict[str, Any]:
@@ -78,14 +87,14 @@ def measure(bench: Bench, per_concept: int, grid: int) -> dict[str, Any]:
         "categories": categories(bench),
         "autoencoder": {"psnr_db": round(restoration(bench), 2)},
         "memorized": memorized(bench),
-        "judge_on_real_pictures": judge_ceiling(bench),
+        **judge_itself(bench),
     }
 
 
 def concepts(bench: Bench, repeats: int) -> dict[str, Any]:
     """Share of pictures that the judge takes for the prompted concept, among all of its group."""
     wanted = [one for _ in range(repeats) for one in bench.pictures.concepts]
-    images = bench.images([fill(TEMPLATE, one.name) for one in wanted], 1000)
+    images = bench.images([fill(bench.template, one.name) for one in wanted], 1000)
     names = bench.names(images, wanted)
     right = [name == one.name for name, one in zip(names, wanted, strict=True)]
     shown = np.linspace(0, len(bench.pictures.concepts) - 1, min(64, len(bench.pictures.concepts))).round().astype(int)
@@ -104,7 +113,7 @@ def styles(bench: Bench, count: int) -> dict[str, Any]:
     names = bench.pictures.styles
     chosen = widely_drawn(bench.pictures, count)
     wanted = [(style, one.name) for style in names for one in chosen]
-    images = bench.images([f"{fill(TEMPLATE, noun)} in the style of {style}" for style, noun in wanted], 2000)
+    images = bench.images([f"{fill(bench.template, noun)} in the style of {style}" for style, noun in wanted], 2000)
     seen = styles_seen(bench.judge, images, [noun for _, noun in wanted], names)
     right = [style == found for (style, _), found in zip(wanted, seen, strict=True)]
     write_sheet(bench.out / "styles.png", images, [f"{noun}, {style}" for style, noun in wanted], len(chosen))
@@ -118,7 +127,7 @@ def backgrounds(bench: Bench, count: int) -> dict[str, Any]:
     """Share of pictures whose border has the colour that the prompt names."""
     chosen = widely_drawn(bench.pictures, count)
     wanted = [(colour, one.name) for colour in BACKGROUNDS for one in chosen]
-    images = bench.images([f"{fill(TEMPLATE, noun)} {on_background(colour)}" for colour, noun in wanted], 3000)
+    images = bench.images([f"{fill(bench.template, noun)} {on_background(colour)}" for colour, noun in wanted], 3000)
     right = [background_of(image) == colour for image, (colour, _) in zip(images, wanted, strict=True)]
     write_sheet(bench.out / "backgrounds.png", images, [f"{noun}, {colour}" for colour, noun in wanted], len(chosen))
     return {"images": len(images), "right": share(right)}
@@ -131,7 +140,7 @@ def categories(bench: Bench) -> dict[str, Any]:
         members = [one for one in bench.pictures.concepts if one.category == category]
         if len(members) < _MINIMUM_MEMBERS:
             continue
-        images = bench.images([fill(TEMPLATE, category)] * _CATEGORY_SEEDS, 4000)
+        images = bench.images([fill(bench.template, category)] * _CATEGORY_SEEDS, 4000)
         names = bench.names(images, [members[0]] * len(images))
         own = [name for name in names if name in {one.name for one in members}]
         found[category] = {"different": len(set(own)), "inside": share([name in own for name in names])}
@@ -151,7 +160,7 @@ def memorized(bench: Bench, repeats: int = 4) -> dict[str, Any] | None:
     scenes, originals = drawn(SCENES, bench.pictures, bench.model.latent_shape[1] * 8)
     if not scenes:
         return None
-    stored = (originals.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    stored = as_bytes(originals)
     captions = [scene.caption for scene in scenes for _ in range(repeats)]
     paraphrases = [scene.paraphrases[index % len(scene.paraphrases)] for scene in scenes for index in range(repeats)]
     said, rephrased = bench.images(captions, 5000), bench.images(paraphrases, 6000)
@@ -171,22 +180,51 @@ def memorized(bench: Bench, repeats: int = 4) -> dict[str, Any] | None:
     return result
 
 
-def judge_ceiling(bench: Bench) -> dict[str, float]:
-    """The judge on training pictures in new placements: no generated picture can be expected to do better."""
-    choice = choose(torch.arange(0, len(bench.pictures), 3), torch.Generator().manual_seed(_UNSEEN_SEED + 1))
-    images = draw(bench.pictures, choice, bench.model.latent_shape[1] * 8)
-    array = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-    subjects: list[Subject] = choice.subjects(bench.pictures)
+def judge_itself(bench: Bench) -> dict[str, dict[str, float]]:
+    """The judge on the training pictures in new placements, as they are and as the autoencoder restores them, and on
+    concepts that it has never seen, where only the style can be asked for: what bounds the other figures.
+    """
+    every_third = torch.arange(0, len(bench.pictures), 3)
+    real, subjects = placed(bench, bench.pictures, every_third)
+    restored = bench.model.vae
+    again = torch.cat([restored.decode(restored.encode(part)) for part in real.split(16)])
+    strange, strangers = placed(bench, bench.unseen, torch.arange(len(bench.unseen)))
+    return {
+        "judge_on_real_pictures": judged(bench, real, subjects),
+        "judge_on_restored_pictures": judged(bench, again, subjects),
+        "judge_on_unseen_concepts": {"style": style_share(bench, as_bytes(strange), strangers)},
+    }
+
+
+def placed(bench: Bench, pictures: Pictures, index: Tensor) -> tuple[Tensor, list[Subject]]:
+    """Pictures on backgrounds and in places of their own, [N, 3, H, W] in [0, 1], and what they show."""
+    choice = choose(index, torch.Generator().manual_seed(_UNSEEN_SEED + 1))
+    return draw(pictures, choice, bench.model.latent_shape[1] * 8), choice.subjects(pictures)
+
+
+def judged(bench: Bench, images: Tensor, subjects: list[Subject]) -> dict[str, float]:
+    """Shares of pictures whose concept, style and background are recognised."""
+    array = as_bytes(images)
     by_name = {one.name: one for one in bench.pictures.concepts}
     names = bench.names(array, [by_name[one.name] for one in subjects])
-    seen = styles_seen(bench.judge, array, [one.name for one in subjects], bench.pictures.styles)
     return {
         "top1": share([name == one.name for name, one in zip(names, subjects, strict=True)]),
-        "style": share([found == one.style for found, one in zip(seen, subjects, strict=True)]),
+        "style": style_share(bench, array, subjects),
         "background": share(
             [background_of(image) == one.background for image, one in zip(array, subjects, strict=True)]
         ),
     }
+
+
+def style_share(bench: Bench, images: np.ndarray, subjects: list[Subject]) -> float:
+    """Share of pictures whose style is recognised."""
+    seen = styles_seen(bench.judge, images, [one.name for one in subjects], bench.pictures.styles)
+    return share([found == one.style for found, one in zip(seen, subjects, strict=True)])
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """[N, 3, H, W] in [0, 1] -> uint8 [N, H, W, 3]."""
+    return (images.clamp(0, 1).permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
 def widely_drawn(pictures: Pictures, count: int) -> list[Concept]:
@@ -211,15 +249,25 @@ def main() -> None:
     parser.add_argument("--per-concept", type=int, default=1, help="pictures of each concept")
     parser.add_argument("--grid", type=int, default=8, help="concepts in the grids of styles and backgrounds")
     parser.add_argument("--steps", type=int, default=SAMPLING.steps, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance, help="classifier-free guidance scale")
+    parser.add_argument("--development", action="store_true", help="other prompts and seeds, and the judge that ships")
     options = parser.parse_args()
     began = time.monotonic()
     model = options.model or options.run / "model"
-    judge = Judge.load(options.run / "validation_judge" / "open_clip")
-    bench = Bench(load_denoiser(model), judge, load_pictures(options.run / "pictures"), options.out, options.steps)
+    judge = Judge.load(options.run / ("model/judge" if options.development else "validation_judge/open_clip"))
+    template, seed = DEVELOPMENT if options.development else (TEMPLATE, 0)
+    sampling = replace(SAMPLING, steps=options.steps, guidance=options.guidance)
+    pictures, (_, unseen) = (
+        load_pictures(options.run / "pictures"),
+        seen_and_unseen(load_pictures(options.run / OTHERS)),
+    )
+    bench = Bench(load_denoiser(model), judge, pictures, unseen, options.out, sampling, template, seed)
     figures = measure(bench, options.per_concept, options.grid)
-    sampling = {"sampler": SAMPLING.sampler, "steps": options.steps, "guidance": SAMPLING.guidance}
+    drawn_with = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
     minutes = round((time.monotonic() - began) / 60, 1)
-    write_json(options.out / "quality.json", {"model": str(model), "sampling": sampling, **figures, "minutes": minutes})
+    write_json(
+        options.out / "quality.json", {"model": str(model), "sampling": drawn_with, **figures, "minutes": minutes}
+    )
     print(f"{options.out / 'quality.json'} after {minutes} minutes")
 
 

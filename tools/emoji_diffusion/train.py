@@ -19,10 +19,10 @@ from autoencoder import train_autoencoder
 from denoiser import train_denoiser
 from export import export
 from icons import prepare
-from judge import train_judge
+from judge import seen_and_unseen, train_judge
 from latents import encode_pictures, load_latents
-from pictures import Pictures, load_pictures
-from settings import Settings
+from pictures import OTHERS, Pictures, load_pictures
+from settings import Settings, Tower
 from stage import Budget, load_average
 
 from concept_ablation.core.errors import AblationError
@@ -74,7 +74,7 @@ def run_stages(run: Run, stages: Sequence[str] = STAGES) -> None:
 
 
 def _pictures(run: Run) -> None:
-    prepare(run.out / "pictures", run.out / "npm")
+    prepare(run.out / "pictures", run.out / OTHERS, run.out / "npm")
 
 
 def _autoencoder(run: Run) -> None:
@@ -92,13 +92,16 @@ def _denoiser(run: Run) -> None:
 
 
 def _judge(run: Run) -> None:
-    settings, folder = run.settings, run.out / "judge"
-    train_judge("judge", run.pictures(), settings, settings.judge, folder, run.budget("judge"))
+    _any_judge(run, "judge", run.settings.judge)
 
 
 def _validation_judge(run: Run) -> None:
-    name, settings = "validation_judge", run.settings
-    train_judge(name, run.pictures(), settings, settings.validation_judge, run.out / name, run.budget(name))
+    _any_judge(run, "validation_judge", run.settings.validation_judge)
+
+
+def _any_judge(run: Run, name: str, tower: Tower) -> None:
+    others, _ = seen_and_unseen(load_pictures(run.out / OTHERS))
+    train_judge(name, run.pictures(), others, run.settings, tower, run.out / name, run.budget(name))
 
 
 def _export(run: Run) -> None:
