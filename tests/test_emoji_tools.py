@@ -25,6 +25,7 @@ sys.path.insert(0, str(TOOLS))
 import augment  # noqa: E402
 import autoencoder  # noqa: E402
 import captions  # noqa: E402
+import card  # noqa: E402
 import convolution  # noqa: E402
 import denoiser  # noqa: E402
 import export  # noqa: E402
@@ -37,6 +38,7 @@ import memorized  # noqa: E402
 import pictures  # noqa: E402
 import settings  # noqa: E402
 import stage  # noqa: E402
+import start  # noqa: E402
 import train  # noqa: E402
 
 SIZE = 32
@@ -169,6 +171,36 @@ def test_the_single_file_draws_what_the_folder_draws(run, tmp_path):
         for path in (tmp_path / "folder", file)
     )
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_an_exported_model_is_trained_further(run, tmp_path):
+    for folder, own in (("pictures", shapes()), (train.OTHERS, strangers())):
+        pictures.save_pictures(tmp_path / folder, own)
+    start.start_from(run.out / "model", tmp_path)
+    further = replace(run, out=tmp_path, steps=2)
+    train.run_stages(further, ("autoencoder", "latents", "denoiser", "judge", "export"))
+    before, after = (load_file(out / "model/vae/diffusion_pytorch_model.safetensors") for out in (run.out, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before), "the autoencoder is kept"
+    found = latents.load_latents(tmp_path / "latents")
+    loss = denoiser.noise_loss(shapes(), found, run.settings)
+    one, other = (
+        stage.load_average(denoiser.build(run.settings, found), out / "denoiser") for out in (run.out, tmp_path)
+    )
+    assert average_loss(loss, other) == pytest.approx(average_loss(loss, one), rel=0.1)
+    assert 0 < (one.unet.conv_in.weight - other.unet.conv_in.weight).abs().max() < 0.02
+    assert torch.equal(export.used_tokens(one), export.used_tokens(other))
+
+
+def test_the_card_says_how_each_stage_was_trained(run):
+    log = card.training_log(run.out, run.settings)
+    assert {name: one["steps"] for name, one in log.items()} == dict.fromkeys(log, 30)
+    assert list(log) == ["autoencoder", "denoiser", "judge", "validation_judge"]
+
+
+def test_a_folder_that_is_no_model_starts_nothing(tmp_path):
+    with pytest.raises(AblationError, match="not an exported"):
+        start.start_from(tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_second_run_of_a_finished_chain_changes_nothing(run):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from settings import Settings
 from stage import CHECKPOINT
+from start import HISTORY, TRAINING
 
 from concept_ablation.core.files import replacing, write_json
 
@@ -56,6 +58,8 @@ def training_log(run: Path, settings: Settings) -> dict[str, dict[str, float]]:
     }
     found = {}
     for name, batch in batches.items():
+        if not (run / name / CHECKPOINT).is_file():
+            continue  # taken over from the model that the run started from
         with safe_open(run / name / CHECKPOINT, framework="pt") as file:
             plan = file.metadata()
         losses = logged(run / name / "tensorboard", f"{name}/loss")
@@ -87,7 +91,9 @@ def figure(quality: dict[str, Any] | None, place: tuple[str, ...]) -> str:
     return "–" if value is None else str(value)
 
 
-def card(quality: dict[str, Any], earlier: dict[str, Any] | None, log: dict[str, Any], pictures: Pictures) -> str:
+def card(
+    quality: dict[str, Any], earlier: dict[str, Any] | None, log: Sequence[dict[str, Any]], pictures: Pictures
+) -> str:
     """The model card in Markdown."""
     sampling, categories = quality["sampling"], quality["categories"]
     rows = [f"| {name} | {figure(quality, at)} | {figure(earlier, at)} | {goal} |" for name, at, goal in _FIGURES]
@@ -98,7 +104,8 @@ def card(quality: dict[str, Any], earlier: dict[str, Any] | None, log: dict[str,
     stages = [
         f"| {name.replace('_', ' ')} | {one['steps']:,} × {one['batch']} | {one['minutes']} | "
         f"{one['first_loss']} → {one['last_loss']} |"
-        for name, one in log.items()
+        for training in log
+        for name, one in training.items()
     ]
     credits = [f"| {one['style']} | {one['set']} | {one['author']} | {one['licence']} |" for one in pictures.credits]
     sheets = [f"![{text}](samples/{name}.jpg)\n\n*{text.capitalize()}.*\n" for name, text in SHEETS.items()]
@@ -122,7 +129,9 @@ def write_card(run: Path, quality: Path, earlier: Path | None, out: Path) -> Non
     report = json.loads((quality / "quality.json").read_text(encoding="utf-8"))
     before = None if earlier is None else json.loads((earlier / "quality.json").read_text(encoding="utf-8"))
     settings, pictures = Settings(), load_pictures(run / "pictures")
-    log = training_log(run, settings)
+    history = run / HISTORY
+    log = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+    log.append(training_log(run, settings))
     for name in SHEETS:
         with Image.open(quality / f"{name}.png") as sheet, replacing(out / "samples" / f"{name}.jpg") as temporary:
             sheet.convert("RGB").save(temporary, quality=_JPEG_QUALITY)
@@ -132,7 +141,7 @@ def write_card(run: Path, quality: Path, earlier: Path | None, out: Path) -> Non
         with replacing(out / "memorized" / f"{scene.name}.png") as temporary:
             Image.fromarray(array).save(temporary)
     write_json(out / "quality.json", {"model": report} if before is None else {"model": report, "draft": before})
-    write_json(out / "training.json", log)
+    write_json(out / TRAINING, log)
     with replacing(out / "README.md") as temporary:
         temporary.write_text(card(report, before, log, pictures), encoding="utf-8")
 

@@ -30,7 +30,7 @@ from concept_ablation.core.token_rows import pack
 
 TEXT_ROWS = "embeddings.token_embedding.weight"
 JUDGE_ROWS = "token_embedding.weight"
-_SEEN_ENOUGH = 16
+SEEN_ENOUGH = 16
 """A token that training saw less often is the fragment of a typo, and its row has hardly left its random start."""
 
 _COPIED = ("prompts.json", "model_index.json")
@@ -81,7 +81,7 @@ def write_hints(out: Path, pictures: Pictures) -> None:
 
 def used_tokens(denoiser: TextToLatent) -> Tensor:
     """The tokens whose embeddings were trained, bool [vocabulary]; 0 is there because open_clip pads with it."""
-    used = denoiser.seen >= _SEEN_ENOUGH
+    used = denoiser.seen >= SEEN_ENOUGH
     used[0] = True
     return used
 

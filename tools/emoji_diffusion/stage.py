@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from optimizer import MuonWithAdamW
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from settings import Optimization
 from torch import Generator, Tensor, nn
 
@@ -27,6 +27,9 @@ from concept_ablation.core.files import replacing
 Loss = Callable[[nn.Module, Generator], Tensor]
 CHECKPOINT = "checkpoint.safetensors"
 BEFORE_DECAY = "before-decay.safetensors"
+START = "start.safetensors"
+"""What a stage begins with instead of random weights (`start.py`)."""
+
 FLAT_SHARE = 0.5
 """Part of the time before the learning rate begins to fall."""
 
@@ -155,12 +158,15 @@ def load_average(model: nn.Module, folder: Path) -> Any:
     Raises:
         AblationError: the stage has no checkpoint, or one of a model of another size.
     """
-    path = folder / CHECKPOINT
-    if not path.is_file():
+    path, start = folder / CHECKPOINT, folder / START
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys() if name.startswith("average.")}  # noqa: SIM118
+        _restore(model, stored, "average.", path)
+    elif start.is_file():
+        _restore(model, load_file(start), "", start)
+    else:
         raise AblationError(f"{folder} has no checkpoint: train the stage {folder.name} first.")
-    with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys() if name.startswith("average.")}  # noqa: SIM118
-    _restore(model, stored, "average.", path)
     return model.eval().requires_grad_(False)
 
 
@@ -172,7 +178,9 @@ def _restore(model: nn.Module, stored: dict[str, Tensor], prefix: str, path: Pat
 
 
 def _start(stage: Stage, path: Path) -> _Run:
-    settings = stage.optimization
+    settings, start = stage.optimization, path.with_name(START)
+    if start.is_file() and not path.is_file():
+        _restore(stage.model, load_file(start), "", start)
     optimizer = MuonWithAdamW(stage.model, settings.betas, settings.weight_decay)
     average = copy.deepcopy(stage.model).requires_grad_(False)
     run = _Run(stage.model.train(), average, optimizer, torch.Generator().manual_seed(stage.seed))

@@ -3,7 +3,7 @@
     python tools/emoji_diffusion/train.py --minutes 480 --out outputs/emoji
 
 Each stage has its share of the minutes. A run that was killed goes on where its last checkpoint was with the same
-command and `--resume`.
+command and `--resume`. `--start assets/emoji_diffusion` trains an exported model further instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from judge import seen_and_unseen, train_judge
 from latents import encode_pictures, load_latents
 from pictures import OTHERS, Pictures, load_pictures
 from settings import Settings, Tower
-from stage import Budget, load_average
+from stage import START, Budget, load_average
+from start import start_from
 
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import require_writable
@@ -78,6 +79,9 @@ def _pictures(run: Run) -> None:
 
 
 def _autoencoder(run: Run) -> None:
+    if (run.out / "autoencoder" / START).is_file():
+        print("autoencoder: kept, because the denoiser that the run started from knows its latents", flush=True)
+        return
     train_autoencoder(run.pictures(), run.settings, run.out / "autoencoder", run.budget("autoencoder"))
 
 
@@ -125,12 +129,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, required=True, help="wall-clock time of all training stages together")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these, in their usual order")
+    parser.add_argument("--start", type=Path, metavar="MODEL", help="train an exported model further instead")
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
     options = parser.parse_args()
     try:
         require_writable(options.out)
         if not options.resume and any(options.out.glob("*/*.safetensors")):
             raise AblationError(f"{options.out} holds a run: add --resume to go on with it, or choose another folder.")
+        if options.start is not None and not options.resume:
+            start_from(options.start, options.out)
         run_stages(Run(options.out, Settings(), options.minutes), options.stages)
     except AblationError as error:
         print(error, file=sys.stderr)
