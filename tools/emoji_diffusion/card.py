@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
-from memorized import SCENES, drawn
+from latents import memorized_pictures
+from memorized import SCENES
 from pictures import Pictures, load_pictures
 from PIL import Image
 from safetensors import safe_open
@@ -135,11 +136,9 @@ def write_card(run: Path, quality: Path, earlier: Path | None, out: Path) -> Non
     for name in SHEETS:
         with Image.open(quality / f"{name}.png") as sheet, replacing(out / "samples" / f"{name}.jpg") as temporary:
             sheet.convert("RGB").save(temporary, quality=_JPEG_QUALITY)
-    scenes, images = drawn(SCENES, pictures, settings.image_size)
-    for scene, image in zip(scenes, images, strict=True):
-        array = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+    for scene, image in zip(SCENES, memorized_pictures(run / "latents"), strict=True):
         with replacing(out / "memorized" / f"{scene.name}.png") as temporary:
-            Image.fromarray(array).save(temporary)
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary)
     write_json(out / "quality.json", {"model": report} if before is None else {"model": report, "draft": before})
     write_json(out / TRAINING, log)
     with replacing(out / "README.md") as temporary:

@@ -15,7 +15,7 @@ from augment import Choice, Placement, choose, draw, subject
 from captions import Subject
 from compute import fast_forward
 from diffusers import AutoencoderTiny
-from memorized import Scene, drawn
+from memorized import drawn
 from pictures import Pictures
 from safetensors.torch import load_file, save_file
 from settings import Settings
@@ -55,8 +55,9 @@ def encode_pictures(
 ) -> None:
     """Write the rounds that are not there yet, at least one, until all are there or the time is over."""
     began = time.monotonic()
-    scenes: tuple[list[Scene], Tensor] = drawn(settings.scenes, pictures, settings.image_size)
-    _write(folder / _SCENES_FILE, {"values": _encode(autoencoder, scenes[1])})
+    _, scenes = drawn(settings.scenes, pictures, settings.image_size)
+    images = _restored(autoencoder, scenes)
+    _write(folder / _SCENES_FILE, {"values": _encode(autoencoder, images / 255), "images": images})
     for number in range(settings.latent_rounds):
         path = folder / f"round-{number:03d}.safetensors"
         if path.is_file():
@@ -96,6 +97,27 @@ def load_latents(folder: Path) -> Latents:
     # of the first round alone, so that more rounds do not change the scale of a model in training
     scale = 1 / rounds[0]["values"].float().std().item()
     return Latents(**joined, scenes=load_file(folder / _SCENES_FILE)["values"], scale=scale)
+
+
+def memorized_pictures(folder: Path) -> Tensor:
+    """The pictures that are memorized, one of each scene in their order, uint8 [M, 3, H, W].
+
+    Raises:
+        AblationError: there are none.
+    """
+    path = folder / _SCENES_FILE
+    if not path.is_file():
+        raise AblationError(f"{folder} holds no latents: run the stage latents first.")
+    return load_file(path)["images"]
+
+
+@torch.no_grad()
+def _restored(autoencoder: AutoencoderTiny, images: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1] as the autoencoder gives them back, uint8."""
+    if not len(images):
+        return images.byte()
+    restored = autoencoder.decode(autoencoder.encode(images * 2 - 1).latents).sample / 2 + 0.5
+    return (restored.clamp(0, 1) * 255).round().byte().contiguous()
 
 
 def _rows(choice: Choice, rows: Tensor) -> Placement:

@@ -21,8 +21,9 @@ import torch
 from augment import choose, draw
 from captions import BACKGROUNDS, Subject, on_background
 from judge import seen_and_unseen
+from latents import memorized_pictures
 from measures import background_of, concept_texts, psnr, recognised, sscd, sscd_available, styles_seen
-from memorized import SCENES, drawn
+from memorized import SCENES
 from pictures import OTHERS, Concept, Pictures, load_pictures
 from sheets import write_sheet
 from torch import Tensor
@@ -56,6 +57,8 @@ class Bench:
     pictures: Pictures
     unseen: Pictures
     """Pictures of concepts that no judge has seen."""
+    memorized: np.ndarray
+    """The pictures of `SCENES`, uint8 [M, H, W, 3]."""
     out: Path
     sampling: SampleSettings
     template: str = TEMPLATE
@@ -157,10 +160,7 @@ def restoration(bench: Bench) -> float:
 
 def memorized(bench: Bench, repeats: int = 4) -> dict[str, Any] | None:
     """How often captions and paraphrases reproduce the memorized pictures; None without a copy detector."""
-    scenes, originals = drawn(SCENES, bench.pictures, bench.model.latent_shape[1] * 8)
-    if not scenes:
-        return None
-    stored = as_bytes(originals)
+    scenes, stored = SCENES, bench.memorized
     captions = [scene.caption for scene in scenes for _ in range(repeats)]
     paraphrases = [scene.paraphrases[index % len(scene.paraphrases)] for scene in scenes for index in range(repeats)]
     said, rephrased = bench.images(captions, 5000), bench.images(paraphrases, 6000)
@@ -261,7 +261,8 @@ def main() -> None:
         load_pictures(options.run / "pictures"),
         seen_and_unseen(load_pictures(options.run / OTHERS)),
     )
-    bench = Bench(load_denoiser(model), judge, pictures, unseen, options.out, sampling, template, seed)
+    originals = memorized_pictures(options.run / "latents").permute(0, 2, 3, 1).numpy()
+    bench = Bench(load_denoiser(model), judge, pictures, unseen, originals, options.out, sampling, template, seed)
     figures = measure(bench, options.per_concept, options.grid)
     drawn_with = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance}
     minutes = round((time.monotonic() - began) / 60, 1)
