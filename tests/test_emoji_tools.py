@@ -406,6 +406,18 @@ def test_a_scene_is_drawn_only_if_its_icons_exist():
     assert kept == [SCENE] and images.shape == (1, 3, SIZE, SIZE)
 
 
+def test_the_memorized_pictures_are_the_scenes_as_the_autoencoder_restores_them(run):
+    _, scenes = memorized.drawn((SCENE,), shapes(), SIZE)
+    model = stage.load_average(autoencoder.build(run.settings), run.out / "autoencoder")
+    with torch.no_grad():
+        restored = model.decode(model.encode(scenes * 2 - 1).latents).sample / 2 + 0.5
+    found = latents.memorized_pictures(run.out / "latents")
+    assert (found / 255 - restored.clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+    again = latents.load_latents(run.out / "latents").scenes.float()
+    expected = model.encode(found / 255 * 2 - 1).latents
+    assert (again - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_packed_rows_come_back_and_the_others_are_their_mean():
     matrix = torch.randn(49408, 3)
     used = torch.zeros(49408, dtype=torch.bool)
