@@ -20,17 +20,18 @@ from .harvest import Harvest
 from .losses import model_based
 from .progress import ProgressCallback
 from .subsets import empty_delta
-from .trainer import Prompts, TrainResult, TrainSettings, optimize, shuffled
+from .trainer import Prompts, TrainResult, TrainSettings, optimize, sent, shuffled
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one step, on the model's device: those that ablate first, then those that preserve."""
+    """Rows of one step, on the model's device but for `target`: those that ablate first, then those that preserve."""
 
     x: Tensor
     sigma: Tensor
     teacher: Tensor
     target: Tensor
+    """Which prompts, on the CPU: the text encoder is asked by name."""
 
 
 def train_harvested(
@@ -111,11 +112,6 @@ def _batches(harvest: Harvest, settings: TrainSettings, device: torch.device) ->
     preserve = shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
     for _ in range(settings.steps):
         rows = torch.cat((next(ablate), next(preserve)))
-        chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction, targets))
-        x, sigma, teacher, target = (_sent(tensor, device) for tensor in chosen)
-        yield _Batch(x, sigma, teacher.float(), target)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without the host waiting for what the device still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction))
+        x, sigma, teacher = (sent(tensor, device) for tensor in chosen)
+        yield _Batch(x, sigma, teacher.float(), targets[rows])

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .errors import AblationError
 from .evaluation import ConceptResult, Evaluation
 from .files import replacing, write_json, write_text
+from .phases import Phase
 
 if TYPE_CHECKING:
     from .concept import Concept
@@ -65,6 +66,8 @@ class ReportInputs:
     settings: dict[str, object]
     model: str
     """Name or path of the edited model, as the reader knows it."""
+    phases: tuple[Phase, ...] = ()
+    """What making the delta cost, by phase; empty if another run made it."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def _summary(inputs: ReportInputs) -> dict[str, object]:
     summary = {
         "concepts": concepts,
         "seconds": {**evaluation.seconds, **inputs.seconds},
+        "phases": [asdict(phase) for phase in inputs.phases],
         "delta": None if inputs.delta is None else asdict(inputs.delta),
         "settings": {**inputs.settings, "evaluation": evaluation.settings},
         "judge": evaluation.judge,

@@ -1,7 +1,8 @@
 """Which weights an edit may touch.
 
 Layers are chosen by patterns on their LoRA names, which are the same in every host. The subsets are the paper's
-(section 3.2) and `attn`, which its authors added later for stronger removal.
+(section 3.2), `attn`, which its authors added later for stronger removal, and `cross-attn-up`, with which the backward
+pass is truncated: nothing before the first layer that is trained has a gradient, so nothing is kept for one there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _UNET = {
     "cross-attn": r"lora_unet_.*_attn2_to_[kv]",
     "attn": r"lora_unet_.*_attn[12]_to_(q|k|v|out_0)",
     "full": r"lora_unet_.*",
+    "cross-attn-up": r"lora_unet_(mid_block|up_blocks)_.*_attn2_to_[kv]",
 }
 _PATTERNS = {"sd1": _UNET, "sd2": _UNET, "sdxl": _UNET}
 _TOKEN_EMBEDDING = r"text_encoders\..*\.token_embedding"
@@ -29,6 +31,7 @@ SUBSETS: dict[str, str] = {
     "attn": "queries, keys, values and outputs of all attention layers",
     "embedding": "the target's rows of the text encoder's token embedding",
     "full": "every weight of the denoising network",
+    "cross-attn-up": "of cross-attn the middle and the way up, where the backward pass stops: less time and memory",
 }
 
 

@@ -34,6 +34,8 @@ OBJECTIVES: dict[str, str] = {
 TARGET_IMAGES = ("reverse-kl", "loss-max")
 """Objectives whose images are drawn from the target prompt instead of the anchor prompt."""
 
+PHASE = "Training"
+"""What its progress is called."""
 _DIVERGED_FACTOR = 50.0
 _DISTANCE_WEIGHT = 10.0
 
@@ -150,7 +152,7 @@ def optimize(
     fused = True if denoiser.device.type == "cuda" else None
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    reporter = Reporter(on_progress, "Training", settings.steps)
+    reporter = Reporter(on_progress, PHASE, settings.steps)
     read: list[float] = []
     unread: list[Tensor] = []
     checkpointed = denoiser.checkpointed() if settings.checkpointing else contextlib.nullcontext()
@@ -188,11 +190,16 @@ class Prompts:
             self.pretrained = denoiser.encode(prompts)
 
     def student(self, index: Tensor) -> Conditioning:
-        """As the edited model sees the prompts, with gradients where the text encoder is edited."""
+        """As the edited model sees the prompts, with gradients where the text encoder is edited.
+
+        Args:
+            index: which prompts, [B]. Given on the CPU, no device has to be waited for.
+        """
         if not self._edited:
-            return self.pretrained[index]
+            return self.pretrained[sent(index, self._denoiser.device)]
         distinct, inverse = torch.unique(index, return_inverse=True)
-        return self._denoiser.encode([self._prompts[i] for i in distinct.tolist()])[inverse]
+        encoded = self._denoiser.encode([self._prompts[i] for i in distinct.tolist()])
+        return encoded[sent(inverse, self._denoiser.device)]
 
 
 def _step_loss(
@@ -272,6 +279,13 @@ def shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Te
             pool = torch.cat((pool, rows[torch.randperm(len(rows), generator=generator)]))
         yield pool[:size]
         pool = pool[size:]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without the host waiting for what the device still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextlib.contextmanager
