@@ -24,16 +24,21 @@ from rich.text import Text
 from .cli_options import (
     NETWORK_JUDGE,
     Anchors,
+    AutoPreserve,
     Device,
     EvalPrompts,
     EvalSeeds,
     JudgeOption,
     KindOption,
     Model,
+    Objective,
     Output,
     Precision,
     Prediction,
+    Preset,
+    Profile,
     Seed,
+    Subset,
     Surrounding,
     Targets,
 )
@@ -66,15 +71,11 @@ def ablate(
     output: Output,
     model: Model = None,
     kind: KindOption = "instance",
-    preset: Annotated[str, typer.Option(help="balanced or paper.")] = "balanced",
-    objective: Annotated[
-        str | None,
-        typer.Option(help="model, model-self, noise, reverse-kl or loss-max.", show_default="the preset's"),
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="cross-attn, attn, embedding or full.", show_default="the preset's")
-    ] = None,
+    preset: Preset = "balanced",
+    objective: Objective = None,
+    subset: Subset = None,
     surrounding: Surrounding = None,
+    auto_preserve: AutoPreserve = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with your own anchor prompts, one a line.")] = None,
     target_prompts: Annotated[
         Path | None, typer.Option(help="Text file with further captions of a memorized image, one a line.")
@@ -84,6 +85,7 @@ def ablate(
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
     images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
     judge: JudgeOption = None,
@@ -96,6 +98,7 @@ def ablate(
     from .core.ablation import ablate_and_report
     from .core.evaluation import EvaluationSettings
     from .core.presets import recipe
+    from .core.profiling import profiled
 
     tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
@@ -110,8 +113,9 @@ def ablate(
         seed=seed,
         training={name: value for name, value in training.items() if value is not None},
         dataset={} if images is None else {"images": images},
+        auto_preserve=auto_preserve,
     )
-    with _progress() as on_progress:
+    with _progress() as bars, profiled(profile, bars, chosen.training) as on_progress:
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
     _show(found, output)
 
