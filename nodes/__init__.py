@@ -16,11 +16,13 @@ from .deltas import (
 )
 from .emoji import ConceptAblationLoadEmojiDiffusion
 from .evaluate import ConceptAblationEvaluate
+from .instant import ConceptAblationInstant
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptAblationConcept,
     ConceptAblationBuildDataset,
     ConceptAblationAblate,
+    ConceptAblationInstant,
     ConceptAblationEvaluate,
     ConceptAblationSaveDelta,
     ConceptAblationLoadDelta,

@@ -15,14 +15,26 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.ablation import Task, check_tasks
-from ..core.dataset import AblationDataset, DatasetSettings, build, make_plan
+from ..core.ablation import Data, Task, check_tasks, neighbours_of
+from ..core.dataset import DatasetSettings, build, make_plan
+from ..core.errors import AblationError
+from ..core.harvest import Harvest, HarvestSettings, harvest
 from ..core.hosts.comfyui import opened
 from ..core.presets import recipe
 from ..core.samplers import SAMPLERS
 from .images import as_image, as_picture, grid
 from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
-from .types import CATEGORY, PRESET, Concepts, Dataset, model_inputs, preset_input, seed_input, size_inputs
+from .types import (
+    CATEGORY,
+    PRESET,
+    Concepts,
+    Dataset,
+    auto_preserve_input,
+    model_inputs,
+    preset_input,
+    seed_input,
+    size_inputs,
+)
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -42,8 +54,8 @@ class ConceptAblationBuildDataset(io.ComfyNode):
             display_name="Build Ablation Dataset",
             category=CATEGORY,
             description=(
-                "Draws the images to train on with the model itself. They are kept as latents; a run that was "
-                "interrupted goes on where it was."
+                "Draws the images to train on with the model itself, or with the preset fast keeps what the model "
+                "predicts while it samples a few. A run that was interrupted goes on where it was."
             ),
             inputs=[
                 *model_inputs("that draws the images, and that the concepts will be removed from"),
@@ -54,14 +66,14 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     options=["anchor", "target"],
                     default="anchor",
                     tooltip="Which prompts the images are drawn from: anchor for the objectives model, model-self and "
-                    "noise; target for reverse-kl and loss-max.",
+                    "noise; target for reverse-kl and loss-max, which the preset fast does not have.",
                 ),
                 io.Int.Input(
                     "images",
                     default=0,
                     min=0,
                     max=100000,
-                    tooltip="Images for each concept; 0 is the preset's.",
+                    tooltip="Images for each concept (with the preset fast: samplings); 0 is the preset's.",
                 ),
                 io.Int.Input(
                     "preserve",
@@ -103,6 +115,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     tooltip="Keep the dataset in output/concept_ablation/datasets, so that an interrupted build goes "
                     "on and a finished one is not drawn again. Delete the folder to free the space.",
                 ),
+                auto_preserve_input(),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="Decodes the preview; without it the preview is small and rough."
                 ),
@@ -132,35 +145,47 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         images_at_once: int,
         seed: int,
         keep_on_disk: bool,
+        auto_preserve: int = -1,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         check_tasks(concepts)
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
-            base = recipe(preset, denoiser, concepts[0].concept.kind, seed=seed).dataset
-            settings = replace(
-                base,
-                source=source,
-                images=images or base.images,
-                preserve=base.preserve if preserve < 0 else preserve,
-                batch=images_at_once or base.batch,
-                sample=replace(
-                    base.sample,
-                    steps=steps or base.sample.steps,
-                    guidance=cfg or base.sample.guidance,
-                    sampler=base.sample.sampler if sampler == PRESET else sampler,
-                ),
+            kind = concepts[0].concept.kind
+            base = recipe(preset, denoiser, kind)
+            sizes = {"images": images or None, "preserve": None if preserve < 0 else preserve}
+            sample = replace(
+                base.sample,
+                steps=steps or base.sample.steps,
+                guidance=cfg or base.sample.guidance,
+                sampler=base.sample.sampler if sampler == PRESET else sampler,
             )
-            data = build(
+            made = recipe(
+                preset,
                 denoiser,
-                [task.concept for task in concepts],
+                kind,
+                seed=seed,
+                dataset={name: value for name, value in sizes.items() if value is not None}
+                | {"sample": sample, **({"batch": images_at_once} if images_at_once else {})},
+                auto_preserve=None if auto_preserve < 0 else auto_preserve,
+            )
+            settings = _of_source(made.dataset or made.harvest, source)
+            chosen = neighbours_of(denoiser, concepts, made)
+            tasks = [
+                replace(task, surrounding=(*task.surrounding, *names))
+                for task, names in zip(concepts, chosen, strict=True)
+            ]
+            make = harvest if isinstance(settings, HarvestSettings) else build
+            data = make(
+                denoiser,
+                [task.concept for task in tasks],
                 settings,
-                surrounding=[task.surrounding for task in concepts],
-                directory=_directory(denoiser, concepts, settings) if keep_on_disk else None,
+                surrounding=[task.surrounding for task in tasks],
+                directory=_directory(denoiser, tasks, settings) if keep_on_disk else None,
                 on_progress=progress,
             )
-            latents = data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+            latents = previewed(data)
             preview = _rough(model, latents) if vae is None else _decoded(denoiser, latents)
             progress.show(grid([as_picture(image) for image in preview]))
         return io.NodeOutput(data, preview)
@@ -173,10 +198,28 @@ def evenly(rows: Sequence[int], count: int) -> list[int]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> str:
+def previewed(data: Data) -> Tensor:
+    """Latents of a few images of the anchors [N, C, h, w]; of harvested rows, what the model made of the last ones."""
+    if isinstance(data, Harvest):
+        last = torch.arange(len(data.settings.kept) - 1, len(data.x), len(data.settings.kept))
+        rows = last[evenly(data.preserving[last].logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+        return data.x[rows] - data.sigma[rows].view(-1, 1, 1, 1) * data.prediction[rows].float()
+    return data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+
+
+def _of_source(settings: DatasetSettings | HarvestSettings, source: str) -> DatasetSettings | HarvestSettings:
+    if isinstance(settings, DatasetSettings):
+        return replace(settings, source=source)
+    if source != "anchor":
+        raise AblationError("The preset fast keeps predictions for anchor prompts: set source to anchor.")
+    return settings
+
+
+def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings) -> str:
     """A name for a dataset that any change of the model, the concepts, the image size or the settings changes."""
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
-    plan = make_plan(concepts, surrounding, denoiser.prompt_source, settings)
+    sizes = settings.sizes if isinstance(settings, HarvestSettings) else settings
+    plan = make_plan(concepts, surrounding, denoiser.prompt_source, sizes)
     described = {
         "model": denoiser.fingerprint(),
         "latent_shape": denoiser.latent_shape,
@@ -187,13 +230,13 @@ def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSetting
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def size_of(data: AblationDataset) -> tuple[int, int]:
+def size_of(data: Data) -> tuple[int, int]:
     """Width and height of a dataset's images, in pixels."""
-    height, width = data.latents.shape[2:]
+    height, width = (data.x if isinstance(data, Harvest) else data.latents).shape[2:]
     return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
 
 
-def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> Path:
+def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings) -> Path:
     root = Path(folder_paths.get_output_directory()) / "concept_ablation" / "datasets"
     return root / identity(denoiser, tasks, settings)
 

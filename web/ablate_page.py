@@ -12,9 +12,9 @@ from ..core.concept import Kind
 from ..core.errors import AblationError
 from ..core.presets import PRESETS
 from ..core.subsets import SUBSETS
-from ..core.trainer import OBJECTIVES
+from ..core.trainer import OBJECTIVES, PHASE
 from . import views
-from .ablating import STAGES, AblationResult, ablation
+from .ablating import AblationResult, ablation
 from .compat import in_turn, private
 from .form import FIELDS, PRESET, Form, check, preset_values, suggest_anchor
 from .host import Host
@@ -30,7 +30,7 @@ _SHOW_JS = """() => {
 _START, _QUEUE = "Ablate", "Add to the queue"
 _LATE_FIELDS = ("model", "subset", "eval_prompts")
 """Fields whose errors can be found only when the model is there."""
-_HINTED = ("steps", "batch", "images", "preserve", "sampling")
+_HINTED = ("steps", "batch", "images", "preserve", "sampling", "neighbours")
 """Fields that show the preset's value while they are empty."""
 _KIND_LABELS = {"instance": "A thing, animal or character", "style": "A style", "memorized": "A memorized picture"}
 _TARGET_WORDS = {
@@ -144,6 +144,7 @@ class AblatePage:
             number("images", "Of the anchor")
             number("preserve", "Of the neighbours")
             number("sampling", "Sampling steps")
+            number("neighbours", "Neighbours to choose")
         self._field(
             "prompts",
             gr.Textbox(
@@ -255,7 +256,7 @@ class AblatePage:
             nothing = [views.idle(), "", "", gr.update(value=_START), _hidden(), gr.update(active=False), (0, 0)]
             return nothing, late, results
         places = {id(job): self._runner.place(job) for job in jobs}
-        training = current.stages.get(STAGES[1])
+        training = current.stages.get(PHASE)
         done = [job for job in jobs if job.state == "done"]
         result_id = done[-1].id if done else 0
         ended = 0 if current.active else current.id
