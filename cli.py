@@ -18,7 +18,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from .cli_options import (
@@ -42,13 +41,12 @@ from .cli_options import (
     Surrounding,
     Targets,
 )
+from .cli_output import print_evaluation
 from .core.errors import AblationError
 from .web.app import ui
 
 if TYPE_CHECKING:
     from .core.ablation import Task
-    from .core.details import ConceptDetails
-    from .core.evaluation import Evaluation
     from .core.hosts.diffusers import DiffusersDenoiser
     from .core.metrics import Judge
     from .core.progress import Progress, ProgressCallback
@@ -83,7 +81,9 @@ def ablate(
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
-    images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
+    ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
@@ -117,7 +117,7 @@ def ablate(
     )
     with _progress() as bars, profiled(profile, bars, chosen.training) as on_progress:
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    _show(found, output)
+    print_evaluation(found, output, console)
 
 
 @app.command()
@@ -156,7 +156,7 @@ def evaluate(
         concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
         found = measure(denoiser, edit, concepts, names, referee, settings, on_progress)
     write_report(output, report_inputs(denoiser, tasks, delta, found))
-    _show(found, output)
+    print_evaluation(found, output, console)
 
 
 @app.command()
@@ -259,7 +259,7 @@ def demo(
     with _progress() as on_progress:
         chosen = recipe("balanced", denoiser)
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    _show(found, output)
+    print_evaluation(found, output, console)
 
 
 app.command()(ui)
@@ -372,26 +372,6 @@ def _progress() -> Iterator[ProgressCallback]:
             bar.update(bars[progress.phase], completed=progress.step, loss=loss)
 
         yield show
-
-
-def _show(found: Evaluation, output: Path) -> None:
-    table = Table(title=f"CLIP accuracy, {found.judge}")
-    for heading in ("ablation", "concept", "role"):
-        table.add_column(heading)
-    for heading in ("before", "after", "95 % interval"):
-        table.add_column(heading, justify="right")
-    for row in found.concepts:
-        figures = f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
-        table.add_row(row.ablation, row.name, row.role, *figures, _interval(row.details))
-    console.print(table)
-    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
-
-
-def _interval(details: ConceptDetails | None) -> str:
-    """Where the accuracy after the edit lies, as far as so few prompts can say."""
-    if details is None or math.isnan(details.accuracy_after.low):
-        return "–"
-    return f"{details.accuracy_after.low:.2f} to {details.accuracy_after.high:.2f}"
 
 
 if __name__ == "__main__":
