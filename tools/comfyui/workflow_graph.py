@@ -21,7 +21,7 @@ CONTROL = "fixed"
 TITLE, GROUP_TITLE, PAD, GAP_X, GAP_Y, GROUP_GAP = 30, 40, 20, 40, 30, 40
 SIZES = {
     "ConceptAblationConcept": (340, 290),
-    "ConceptAblationBuildDataset": (340, 764),
+    "ConceptAblationBuildDataset": (340, 740),
     "ConceptAblationAblate": (380, 660),
     "ConceptAblationEvaluate": (340, 940),
     "ConceptAblationSaveDelta": (640, 110),
