@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from .errors import AblationError
 from .files import replacing, require_writable
@@ -84,14 +84,16 @@ class _Tracer:
     def _after_step(self, progress: Progress) -> None:
         first = min(WARM_UP, progress.total - 1)
         last = min(first + TRACED, progress.total)
-        if self._profiler is not None:
+        if self._profiler is None:
+            if progress.step == first:
+                kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+                # with a schedule, even of one action, steps are marked in the trace
+                self._profiler = profile(activities=kinds, schedule=lambda step: ProfilerAction.RECORD)
+                self._profiler.start()
+        elif progress.step == last:
+            self._write(self._profiler)
+        else:
             self._profiler.step()
-            if progress.step == last:
-                self._write(self._profiler)
-        elif progress.step == first:
-            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            self._profiler = profile(activities=kinds, record_shapes=True)
-            self._profiler.start()
 
     def _write(self, profiler: profile) -> None:
         profiler.stop()
