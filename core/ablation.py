@@ -110,7 +110,7 @@ def ablate(
                 directory=directory,
                 on_progress=on_progress,
             )
-    made = _finish(denoiser, concepts, data, recipe, start, meter, on_progress)
+    made = _finish(denoiser, concepts, surrounding, data, recipe, start, meter, on_progress)
     return replace(made, auto_preserved=tuple(chosen))
 
 
@@ -139,18 +139,17 @@ def train_on(denoiser: Denoiser, data: Data, recipe: Recipe, on_progress: Progre
     meter = Meter(denoiser)
     surrounding = data.surrounding if isinstance(data, harvest.Harvest) else [()] * len(data.concepts)
     start = _closed_form(denoiser, data.concepts, surrounding, recipe, meter, on_progress)
-    if isinstance(data, harvest.Harvest):
-        recipe = replace(recipe, harvest=data.settings)
-    else:
-        recipe = replace(recipe, dataset=data.settings)
-    return _finish(denoiser, data.concepts, data, recipe, start, meter, on_progress)
+    kind = "harvest" if harvested else "dataset"
+    recipe = replace(recipe, auto_preserve=None, **{kind: data.settings})
+    return _finish(denoiser, data.concepts, surrounding, data, recipe, start, meter, on_progress)
 
 
 def neighbours_of(denoiser: Denoiser, tasks: Sequence[Task], recipe: Recipe) -> list[tuple[str, ...]]:
     """For each task, the names that the recipe has preserved beside the user's."""
     concepts = [task.concept for task in tasks]
     return [
-        nearest(denoiser, task.concept, recipe.auto_preserve, others=concepts, known=task.surrounding) for task in tasks
+        nearest(denoiser, task.concept, recipe.auto_preserve or 0, others=concepts, known=task.surrounding)
+        for task in tasks
     ]
 
 
@@ -206,6 +205,7 @@ def _closed_form(
 def _finish(
     denoiser: Denoiser,
     concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
     data: Data | None,
     recipe: Recipe,
     start: Delta | None,
@@ -223,7 +223,7 @@ def _finish(
                 result = trainer.train(denoiser, data, recipe.training, on_progress)
         delta, losses = result.delta, result.losses
     assert delta is not None
-    delta = replace(delta.rounded(torch.float16), metadata=header(denoiser, concepts, data, recipe))
+    delta = replace(delta.rounded(torch.float16), metadata=header(denoiser, concepts, surrounding, data, recipe))
     return Ablation(delta, losses, tuple(meter.phases))
 
 
@@ -289,7 +289,13 @@ def report_inputs(
     )
 
 
-def header(denoiser: Denoiser, concepts: Sequence[Concept], data: Data | None, recipe: Recipe) -> dict[str, str]:
+def header(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
+    data: Data | None,
+    recipe: Recipe,
+) -> dict[str, str]:
     """The header of a delta file: ModelSpec 1.0.1 fields and our own, all strings."""
     made: dict[str, object] = {"objective": "closed-form", "subset": recipe.subset, "steps": 0}
     if recipe.training is not None:
@@ -298,6 +304,8 @@ def header(denoiser: Denoiser, concepts: Sequence[Concept], data: Data | None, r
             made["start"] = "closed-form"
     if data is not None:
         made["dataset_sha256"] = data.digest()
+    if any(surrounding):
+        made["preserved"] = "; ".join(", ".join(names) for names in surrounding)
     made["settings"] = json.dumps(asdict(recipe))
     return delta_header(denoiser, concepts, denoiser.fingerprint() if data is None else data.model, made)
 

@@ -45,13 +45,14 @@ class Recipe:
     """Rows to train on, in place of images."""
     closed_form: ClosedFormSettings | None = None
     """The whole edit or, with a training, where that begins."""
-    auto_preserve: int = 0
-    """Concepts to preserve for each target beside those that the user names: the nearest that the model knows."""
+    auto_preserve: int | None = 0
+    """Concepts to preserve for each target beside those that the user names: the nearest that the model knows. None
+    where that was decided when the dataset was built."""
     generic: int = 0
     """Prompts of other concepts that the closed form holds still."""
 
     def __post_init__(self) -> None:
-        if self.auto_preserve < 0 or self.generic < 0:
+        if (self.auto_preserve or 0) < 0 or self.generic < 0:
             raise AblationError("The number of concepts to preserve automatically must be at least 0.")
         if (self.dataset is None and self.harvest is None) != (self.training is None):
             raise AblationError("A training needs a dataset or a harvest, and these need a training.")
@@ -128,10 +129,9 @@ def recipe(
     made = {"instant": _instant, "fast": _fast, "balanced": _balanced, "paper": _paper}[preset](kind, subset)
     if auto_preserve is not None:
         made = replace(made, auto_preserve=auto_preserve)
-    _check_held(preset, made)
     if made.training is None:
         _refuse_training(preset, objective, {**(training or {}), **(dataset or {})})
-        return made
+        return _checked(preset, made)
     if made.harvest is not None and objective not in (None, "model"):
         raise AblationError(
             f"The preset '{preset}' trains on harvested rows, which serve the objective 'model' only: leave the "
@@ -142,13 +142,13 @@ def recipe(
     train = replace(train, **_with_fewer_preserved(made.training, training or {}))
     if made.harvest is not None:
         named = {"trajectories" if name == "images" else name: value for name, value in (dataset or {}).items()}
-        return replace(made, training=train, harvest=replace(made.harvest, **{"seed": seed, **named}))
+        return _checked(preset, replace(made, training=train, harvest=replace(made.harvest, **{"seed": seed, **named})))
     source = "target" if train.objective in TARGET_IMAGES else "anchor"
     drawn = replace(made.dataset, **{"seed": seed, "source": source, **(dataset or {})})
-    return replace(made, training=train, dataset=drawn)
+    return _checked(preset, replace(made, training=train, dataset=drawn))
 
 
-def _check_held(preset: str, made: Recipe) -> None:
+def _checked(preset: str, made: Recipe) -> Recipe:
     drawn = made.dataset or made.harvest
     rows = drawn is not None and made.training is not None and drawn.preserve and made.training.preserve_batch
     if made.auto_preserve and not (rows or (made.closed_form and made.closed_form.preserve_prompts)):
@@ -156,6 +156,7 @@ def _check_held(preset: str, made: Recipe) -> None:
             f"The preset '{preset}' preserves nothing, so there is nothing to choose neighbours for: leave automatic "
             "preservation at 0, or choose another preset."
         )
+    return made
 
 
 def _refuse_training(preset: str, objective: str | None, given: Mapping[str, Any]) -> None:

@@ -226,6 +226,7 @@ def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSetting
         "concepts": [asdict(concept) for concept in concepts],
         "plan": asdict(plan),
         "settings": asdict(settings),
+        **({"surrounding": surrounding} if isinstance(settings, HarvestSettings) else {}),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 

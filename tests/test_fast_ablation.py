@@ -125,7 +125,10 @@ def test_fast_begins_at_the_closed_form_and_trains_on_its_harvest(tiny, fast, tm
     assert (made.delta.norm() - start.norm()).abs() > 0
     again = train_on(tiny, rows, fast)
     assert all(torch.equal(weight, tensors(made.delta)[name]) for name, weight in tensors(again.delta).items())
-    assert again.delta.metadata["concept_ablation.settings"] == header["concept_ablation.settings"]
+    told = [json.loads(found["concept_ablation.settings"]) for found in (header, again.delta.metadata)]
+    assert {name for name in told[0] if told[0][name] != told[1][name]} == {"auto_preserve"}, "the dataset's affair"
+    preserved = ", ".join(("dog", *made.auto_preserved[0]))
+    assert header["concept_ablation.preserved"] == again.delta.metadata["concept_ablation.preserved"] == preserved
 
 
 def test_a_stopped_run_goes_on_with_the_rows_that_it_has(tiny, fast, tmp_path):
