@@ -66,7 +66,8 @@ def test_the_closed_form_alone_sends_the_targets_keys_and_values_to_the_anchors(
     for name, wanted in goal.items():
         placed = wanted[places]
         apart = (before[name] - placed).norm()
-        assert (after[name] - placed).norm() < 0.02 * apart, "but for the rounding of the file"
+        # in fp16, as the file has it; `test_closed_form` checks the fp32 solution more closely
+        assert (after[name] - placed).norm() < 0.1 * apart
     assert made.losses == ()
 
 
