@@ -37,6 +37,7 @@ from .cli_options import (
     Surrounding,
     Targets,
 )
+from .compress_cli import compress
 from .core.errors import AblationError
 from .web.app import ui
 
@@ -83,6 +84,7 @@ def ablate(
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
     images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
@@ -100,7 +102,8 @@ def ablate(
     tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
     denoiser, referee = _load(model, judge, device, precision, prediction)
-    training = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
+    sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
+    training = {**sizes, "learning_rate": learning_rate}
     chosen = recipe(
         preset,
         denoiser,
@@ -258,6 +261,7 @@ def demo(
     _show(found, output)
 
 
+app.command()(compress)
 app.command()(ui)
 
 
