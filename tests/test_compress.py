@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -49,10 +49,8 @@ class ByBrightness:
     threshold: float
     sign: float
     name: str = "brightness"
-    seen: list[int] = field(default_factory=list)
 
     def embed_images(self, images: np.ndarray) -> torch.Tensor:
-        self.seen.append(len(images))
         excess = self.sign * (torch.from_numpy(images.astype(np.float32)).mean((1, 2, 3)) - self.threshold)
         return torch.stack((excess, -excess), 1)
 
@@ -97,6 +95,7 @@ def test_the_effect_on_pictures_is_1_for_the_edit_and_0_for_none(tiny, judged, m
     asked: list[str] = []
     encode = type(tiny)._encode
     monkeypatch.setattr(type(tiny), "_encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    tiny._prompt_cache.clear()
     settings = EvaluationSettings(2, 1, SampleSettings(steps=2), first_seed=FIRST_SEED)
     source = tiny.prompt_source
     effect = ClipEffect(tiny, judge, edit, [CAT], [["dog"]], settings)
