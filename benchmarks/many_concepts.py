@@ -102,7 +102,7 @@ def choose(categories: Mapping[str, str], count: int, sizes: Sizes) -> Choice:
     """Targets, neighbours and others out of the concepts that a model knows.
 
     The order is random but fixed: targets come from its front, others from its end and neighbours from in between, so
-    that each target has the same neighbours whatever `count` is. A name that is a category is an anchor, never a target.
+    that each target has the same neighbours whatever `count` is. A name that is a category is an anchor and no target.
 
     Raises:
         AblationError: there are not enough concepts.
