@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo | ui`.
+"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | compress | demo | ui`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """

@@ -32,6 +32,9 @@ SUBSETS: dict[str, str] = {
     "full": "every weight of the denoising network",
 }
 
+NOT_LINEAR = ("embedding", "full")
+"""Subsets with other layers than linear ones, which cannot be trained as factors of a given rank."""
+
 
 def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
     """The layers of `subset`, by name, in the model's order.

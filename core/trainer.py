@@ -23,7 +23,7 @@ from .errors import AblationError, Diverged
 from .losses import loss_maximization, model_based, noise_based
 from .low_rank import LEARNING_RATE_FACTOR
 from .progress import ProgressCallback, Reporter
-from .subsets import empty_delta, trainable
+from .subsets import NOT_LINEAR, empty_delta, trainable
 
 OBJECTIVES: dict[str, str] = {
     "model": "match the frozen model's prediction for the anchor prompt (Eq. 4)",
@@ -75,6 +75,11 @@ class TrainSettings:
             raise AblationError("Training needs at least one step and a batch of at least one row.")
         if self.rank < 0:
             raise AblationError(f"The rank must be at least 1, or 0 to train whole matrices, not {self.rank}.")
+        if self.rank and self.subset in NOT_LINEAR:
+            raise AblationError(
+                f"The subset '{self.subset}' has other layers than linear ones and cannot be trained with a rank: "
+                "choose cross-attn or attn, or train without a rank and compress the delta."
+            )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AblationError(f"The learning rate must be a positive number, not {self.learning_rate}.")
 

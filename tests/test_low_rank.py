@@ -215,7 +215,9 @@ def test_low_rank_training_begins_with_the_best_approximation_of_a_start(tiny, r
 def test_subsets_with_other_layers_are_refused(tiny, subset):
     with pytest.raises(AblationError, match="cross-attn or attn"):
         empty_delta(subset, tiny, [CAT], rank=2)
-    with pytest.raises(AblationError, match="rank"):
+    with pytest.raises(AblationError, match=f"'{subset}' has other layers"):
+        TrainSettings(subset=subset, rank=2)
+    with pytest.raises(AblationError, match="at least 1"):
         TrainSettings(rank=-1)
 
 
