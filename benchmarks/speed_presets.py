@@ -56,6 +56,7 @@ class Sizes:
 TINY = Sizes(
     evaluation=EvaluationSettings(prompts=2, seeds=1, sample=SampleSettings(steps=2)),
     dataset={
+        "fast": {"images": 4, "preserve": 4, "sample": SampleSettings(steps=2)},
         "balanced": {"images": 4, "preserve": 4, "sample": SampleSettings(steps=2)},
         "paper": {"images": 4, "sample": SampleSettings(steps=2, guidance=6.0)},
     },
