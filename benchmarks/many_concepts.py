@@ -173,6 +173,8 @@ class Bench:
             concepts, near = [task.concept for task in tasks], [task.surrounding for task in tasks]
             return edit(denoiser, concepts, self.sizes.closed_form, surrounding=near)
         made = recipe(self.sizes.preset, denoiser, training=dict(self.sizes.training), dataset=dict(self.sizes.dataset))
+        if made.training is None:
+            raise AblationError(f"The preset '{self.sizes.preset}' trains nothing: choose another one for --preset.")
         if len(tasks) > 1:
             steps = max(1, round(made.training.steps * len(tasks) * self.sizes.union_steps))
             made = replace(made, training=replace(made.training, steps=steps))

@@ -210,6 +210,27 @@ def test_the_ratios_come_from_medians_and_an_earlier_part_stays_only_beside_the_
     assert other["tasks"] == [] and other["ratios"]["overhead"] is None
 
 
+def test_the_cases_of_the_second_part_take_turns_in_processes_of_their_own(modules, tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+
+    def run(command, **options):
+        commands.append([str(part) for part in command])
+        seconds = [float(len(commands)), float(len(commands) + 1)]
+        found = {"seconds": seconds, "median": seconds[0], "loaded_gb": 1.0, "peak_gb": float(len(commands))}
+        return SimpleNamespace(stdout=f"a warning\n{json.dumps(found)}\n")
+
+    monkeypatch.setattr(modules.speed.subprocess, "run", run)
+    how, store = modules.speed.Steps("tiny", 2, 2, 3), modules.job_store.JobStore(tmp_path)
+    part = modules.speed.measure_steps(store, {}, how)
+    cases = modules.speed_reference.CASES
+    assert [command[2] for command in commands] == [*cases] * 3
+    assert all(command[0] == sys.executable and Path(command[1]).name == "speed_reference.py" for command in commands)
+    assert commands[0][3:] == ["--batch", "2", "--steps", "2", "--size", "tiny"]
+    # the first case was process 1, 5 and 9
+    assert part["cases"]["reference"]["peak_gb"] == 5 and part["cases"]["reference"]["seconds"] == 5.5
+    assert modules.speed.measure_steps(store, {}, how) == part and len(commands) == 12
+
+
 @pytest.mark.parametrize("case", ["reference", "reference-plain-attention", "ours", "ours-checkpointing"])
 def test_a_step_of_each_case_runs(modules, case, monkeypatch):
     reference = modules.speed_reference
