@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo | ui`.
+"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | compress | demo | ui`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -42,6 +42,7 @@ from .cli_options import (
     Targets,
 )
 from .cli_output import print_evaluation
+from .compress_cli import compress
 from .core.errors import AblationError
 from .web.app import ui
 
@@ -84,6 +85,7 @@ def ablate(
     images: Annotated[
         int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
     ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
@@ -103,7 +105,8 @@ def ablate(
     tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
     denoiser, referee = _load(model, judge, device, precision, prediction)
-    training = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
+    sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
+    training = {**sizes, "learning_rate": learning_rate}
     chosen = recipe(
         preset,
         denoiser,
@@ -262,6 +265,7 @@ def demo(
     print_evaluation(found, output, console)
 
 
+app.command()(compress)
 app.command()(ui)
 
 

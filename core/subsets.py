@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from . import low_rank
 from .concept import Concept
 from .delta import Delta, zeros, zeros_in_rows
 from .denoiser import Denoiser
@@ -34,6 +35,9 @@ SUBSETS: dict[str, str] = {
     "cross-attn-up": "of cross-attn the middle and the way up, where the backward pass stops: less time and memory",
 }
 
+NOT_LINEAR = ("embedding", "full")
+"""Subsets with other layers than linear ones, which cannot be trained as factors of a given rank."""
+
 
 def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
     """The layers of `subset`, by name, in the model's order.
@@ -50,16 +54,18 @@ def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
     return layers
 
 
-def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept]) -> Delta:
-    """A delta of zeros over `subset`, ready to be trained.
+def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept], rank: int = 0, seed: int = 0) -> Delta:
+    """A delta of zeros over `subset`, ready to be trained: whole matrices, or with a `rank` the factors of LoRA.
 
     For `embedding` only the rows of the targets' tokens are in it: of those tokens, where there are any, that the
     anchor does not share ("grumpy" of Grumpy Cat -> cat), because a shared row would move the anchor too.
 
     Raises:
-        AblationError: as `select`.
+        AblationError: as `select`, or a rank for a subset that has other layers than linear ones.
     """
     layers = select(subset, denoiser)
+    if rank:
+        return _on_device(low_rank.zeros(layers, rank, seed), denoiser)
     if subset != "embedding":
         return _on_device(zeros(layers), denoiser)
     rows: set[int] = set()

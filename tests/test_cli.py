@@ -97,6 +97,7 @@ def deltas(emoji, tmp_path_factory):
         ([*PAIR, "--learning-rate", "-1"], "learning rate must be a positive number"),
         ([*PAIR, "--steps", "0"], "at least one step"),
         ([*PAIR, "--batch", "0"], "batch"),
+        ([*PAIR, "--rank", "4", "--subset", "full"], "'full' has other layers"),
         ([*PAIR, "--images", "0"], "at least one image"),
         ([*PAIR, "--eval-prompts", "0"], "at least one prompt"),
         ([*PAIR, "--eval-prompts", "11"], "only 10 evaluation prompts"),
