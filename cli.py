@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | compress | demo | ui`.
+"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | compress | demo | bench | ui`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from .bench_cli import bench
 from .cli_options import (
     NETWORK_JUDGE,
     Anchors,
@@ -266,6 +267,7 @@ def demo(
 
 
 app.command()(compress)
+app.command()(bench)
 app.command()(ui)
 
 

@@ -35,6 +35,8 @@ OBJECTIVES: dict[str, str] = {
 TARGET_IMAGES = ("reverse-kl", "loss-max")
 """Objectives whose images are drawn from the target prompt instead of the anchor prompt."""
 
+StepHook = Callable[[int, Delta], None]
+
 PHASE = "Training"
 """What its progress is called."""
 _DIVERGED_FACTOR = 50.0
@@ -113,8 +115,16 @@ def train(
     dataset: AblationDataset,
     settings: TrainSettings,
     on_progress: ProgressCallback | None = None,
+    on_step: StepHook | None = None,
 ) -> TrainResult:
     """Train a delta on a dataset. The same seed gives the same delta on the same machine.
+
+    Args:
+        denoiser: the pretrained model.
+        dataset: what `dataset.build` made for this objective.
+        settings: how to train.
+        on_progress: called after each step; raises to cancel.
+        on_step: told the number of steps done and the delta as it then is.
 
     Raises:
         AblationError: the subset does not exist, or the dataset was drawn for another objective.
@@ -134,7 +144,7 @@ def train(
         for batch in _batches(denoiser, dataset, settings):
             yield _step_loss(denoiser, batch, delta, attachment, prompts, settings)
 
-    return optimize(denoiser, delta, settings, losses, on_progress)
+    return optimize(denoiser, delta, settings, losses, on_progress, on_step)
 
 
 def optimize(
@@ -143,6 +153,7 @@ def optimize(
     settings: TrainSettings,
     losses: Callable[[Attachment], Iterator[tuple[Tensor, Tensor]]],
     on_progress: ProgressCallback | None,
+    on_step: StepHook | None = None,
 ) -> TrainResult:
     """The loop that all trainings share: AdamW on `delta`, attached to the frozen model.
 
@@ -152,6 +163,7 @@ def optimize(
         settings: steps, learning rate and what else does not depend on the objective.
         losses: gives (objective, what is added to it) of each step, scalars on the model's device.
         on_progress: called after each step with the newest loss that was read; raises to cancel.
+        on_step: told the number of steps done and the delta as it then is, which moves on: copy what you keep.
 
     Raises:
         Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
@@ -184,6 +196,8 @@ def optimize(
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             schedule.step()
+            if on_step is not None:
+                on_step(step + 1, delta.map(lambda tensor: tensor.detach()))
             reporter.advance(loss=read[-1])
     trained = delta.map(lambda tensor: tensor.detach())
     if not torch.isfinite(trained.norm()):

@@ -1,0 +1,206 @@
+"""The deltas of a benchmark: each is made once and kept, with the checkpoints of its training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import dataset, delta_file, trainer
+from ..ablation import Ablation, ablate, check_tasks, finish
+from ..ablation import Task as Ablated
+from ..concept import Concept
+from ..dataset import AblationDataset
+from ..delta import Delta
+from ..errors import AblationError, Diverged
+from ..files import write_json
+from ..paraphrases import choose, keep_unlike, rank
+from ..presets import Recipe
+from ..samplers import draw_images
+from ..tasks import Task
+from .bench import Bench
+from .pace import sampling_rows, training_rows
+from .plan import IMAGE_PRESETS, RANKED_CAPTIONS, RANKED_IMAGES, Edit, digest, edit_key
+from .units import captions
+
+_INFO = "edit.json"
+_RANKING_SEEDS = 100_000
+"""How far the seeds of the ranking lie from those of the evaluation."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An edit as it is stored."""
+
+    folder: Path
+    info: dict[str, Any]
+    """seconds by phase; losses; dropped (anchor images that were copies); captions; diverged (why, or None)."""
+
+    def delta(self, step: int | None = None) -> Delta | None:
+        """The finished delta, or that after so many steps; None if training diverged before."""
+        path = self.folder / _file(step)
+        return delta_file.load(path) if path.is_file() else None
+
+
+def edit_folder(bench: Bench, edit: Edit) -> Path:
+    """Where an edit is kept."""
+    return bench.store.cache("deltas", edit_key(edit, bench.recipe(edit), bench.tools, bench.protocol))
+
+
+def is_made(bench: Bench, edit: Edit) -> bool:
+    """Whether `make` has nothing to do."""
+    return (edit_folder(bench, edit) / _INFO).is_file()
+
+
+def make(bench: Bench, edit: Edit) -> Made:
+    """Make an edit, or take it from the folder.
+
+    Raises:
+        AblationError: as `ablation.ablate`, but no `Diverged`: what was trained until then is kept.
+        Interrupted: the time is up, or would not be enough.
+    """
+    folder = edit_folder(bench, edit)
+    try:
+        return Made(folder, json.loads((folder / _INFO).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        info = _make(bench, edit, folder)
+        write_json(folder / _INFO, info)
+        return Made(folder, info)
+
+
+def dataset_folder(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task]) -> Path:
+    """Where the dataset of an edit is kept: one for all methods that train on the same images.
+
+    `tasks` are those of the edit, with the captions that were chosen for them.
+    """
+    drawn = {
+        "model": bench.tools.model,
+        "concepts": [(asdict(task.concept), task.surrounding) for task in tasks],
+        "settings": asdict(made.dataset),
+        "preset": None if edit.method.preset in IMAGE_PRESETS else edit.method.preset,
+    }
+    return bench.store.cache("datasets", digest(drawn))
+
+
+def _make(bench: Bench, edit: Edit, folder: Path) -> dict[str, Any]:
+    made, start = bench.recipe(edit), time.perf_counter()
+    chosen = [replace(task, concept=_ranked(bench, task)) if edit.method.ranked else task for task in edit.tasks]
+    tasks = [Ablated(task.concept, task.surrounding) for task in chosen]
+    ranked, info = time.perf_counter() - start, {}
+    try:
+        if edit.method.preset in IMAGE_PRESETS:
+            ablation, info["dropped"] = _trained(bench, edit, made, chosen, folder)
+        else:
+            bench.pace.require(training_rows(made))
+            directory = dataset_folder(bench, edit, made, chosen)
+            ablation = ablate(bench.denoiser, tasks, made, directory=directory, on_progress=bench.progress)
+        _require_finite(ablation.delta)
+    except Diverged as error:
+        return {"diverged": str(error), "seconds": {}, "losses": [], **info}
+    delta_file.save(ablation.delta, folder / _file(None))
+    info["captions"] = [asdict(task.concept) for task in chosen] if edit.method.ranked else None
+    seconds = {**ablation.seconds, **({"ranking": ranked} if edit.method.ranked else {})}
+    losses = [round(loss, 6) for loss in ablation.losses]
+    return {"diverged": None, "seconds": seconds, "losses": losses, **info}
+
+
+def _trained(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task], folder: Path) -> tuple[Ablation, int]:
+    """An edit by a preset that trains on images, and how many of them were left out as copies."""
+    check_tasks([Ablated(task.concept, task.surrounding) for task in tasks])
+    start = time.perf_counter()
+    data = dataset.build(
+        bench.denoiser,
+        [task.concept for task in tasks],
+        made.dataset,
+        surrounding=[task.surrounding for task in tasks],
+        directory=dataset_folder(bench, edit, made, tasks),
+        on_progress=bench.progress,
+    )
+    data, dropped = without_copies(bench, tasks, data)
+    built = time.perf_counter() - start
+    bench.pace.require(training_rows(made))
+    wanted = set(bench.protocol.checkpoints) if edit.method.constant_rate else set()
+
+    def keep(step: int, delta: Delta) -> None:
+        if step in wanted:
+            _require_finite(delta)
+            delta_file.save(delta, folder / _file(step))
+
+    result = trainer.train(bench.denoiser, data, made.training, bench.progress, keep)
+    ablation = finish(bench.denoiser, data, made.training, result)
+    return replace(ablation, seconds={"dataset": built, **ablation.seconds}), dropped
+
+
+def without_copies(bench: Bench, tasks: Sequence[Task], data: AblationDataset) -> tuple[AblationDataset, int]:
+    """The dataset without anchor images that are copies of a memorized image of `tasks` (section 3.3), and how many
+    they were. Rows that preserve stay.
+
+    Raises:
+        AblationError: all of them are copies.
+    """
+    originals = [image for task in tasks if (image := bench.original(task)) is not None]
+    if not originals or bench.detector is None or data.settings.source != "anchor":
+        return data, 0
+    images = np.concatenate(
+        [
+            (bench.denoiser.vae.decode(part.to(bench.denoiser.device)).permute(0, 2, 3, 1) * 255)
+            .round()
+            .to("cpu", torch.uint8)
+            .numpy()
+            for part in data.latents.split(bench.batch)
+        ]
+    )
+    kept = np.logical_and.reduce([keep_unlike(images, original, bench.detector) for original in originals])
+    kept |= data.preserving.numpy()
+    if not (kept & ~data.preserving.numpy()).any():
+        raise AblationError("Every anchor image reproduces the memorized image: choose other anchor prompts.")
+    rows = tuple(row for row, keep in zip(data.plan.rows, kept, strict=True) if keep)
+    latents = data.latents[torch.from_numpy(kept)]
+    return replace(data, latents=latents, plan=replace(data.plan, rows=rows)), int((~kept).sum())
+
+
+def ranking_rows(bench: Bench, task: Task) -> int:
+    """Rows of choosing the captions of a memorized image."""
+    return sampling_rows(len(_rankable(task)) * RANKED_IMAGES, bench.protocol.sample)
+
+
+def _ranked(bench: Bench, task: Task) -> Concept:
+    """The concept with the captions that the paper's pipeline chooses; kept in the folder."""
+    original = bench.original(task)
+    if original is None or bench.detector is None:
+        raise AblationError(f"Captions of {task.name} cannot be ranked without its picture and a copy detector.")
+    key = {"model": bench.tools.model, "detector": bench.detector.name, "prompts": _rankable(task)}
+    picture, sample = bench.tools.pictures.get(task.picture or ""), asdict(bench.protocol.sample)
+    path = bench.store.cache("captions", digest([key, picture, sample])) / "concept.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Concept(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        bench.pace.check()
+        return draw_images(bench.denoiser, prompts, seeds, bench.protocol.sample, batch=bench.batch)
+
+    first = bench.protocol.first_seed + _RANKING_SEEDS
+    ranked = rank(_rankable(task), draw, bench.detector, original, RANKED_IMAGES, first)
+    concept = choose(task.concept.target, ranked)
+    write_json(path, asdict(concept))
+    return concept
+
+
+def _rankable(task: Task) -> tuple[str, ...]:
+    return captions(task)[0][:RANKED_CAPTIONS]
+
+
+def _require_finite(delta: Delta) -> None:
+    if not torch.isfinite(delta.rounded(torch.float16).norm()):
+        raise Diverged("The delta grew beyond what its file can hold.")
+
+
+def _file(step: int | None) -> str:
+    return "delta.safetensors" if step is None else f"step-{step:05d}.safetensors"

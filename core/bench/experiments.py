@@ -1,0 +1,192 @@
+"""The experiments by name, each a list of jobs: the paper's figures, and what goes beyond them.
+
+Experiments share jobs: an edit that several of them need is made and measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import AblationError
+from ..tasks import Task
+from ..trainer import OBJECTIVES
+from .plan import IMAGE_PRESETS, Edit, Job, Method
+
+INSTANCE_SUBSETS = ("cross-attn", "embedding", "full", "attn")
+STYLE_SUBSETS = ("cross-attn", "embedding", "full")
+MEMORIZED_SUBSETS = ("full", "cross-attn", "embedding")
+ATTACKED_SUBSETS = ("embedding", "full")
+"""Subsets whose edits are attacked beside the default method's."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the experiments are run on."""
+
+    tasks: tuple[Task, ...]
+    methods: tuple[Method, ...]
+    """The first is the default one, on which everything but the table is based."""
+    seeds: tuple[int, ...] = (0,)
+    compare: int = 4
+    """Tasks in each comparison of methods."""
+    checkpoints: tuple[int, ...] = (25, 50, 100, 200)
+
+    def of(self, *kinds: str) -> list[Task]:
+        """The tasks of some kinds, in the list's order."""
+        return [task for task in self.tasks if task.concept.kind in kinds]
+
+    def compared(self) -> list[Task]:
+        """Half of the tasks in a comparison instances, half styles; one sort makes up for a lack of the other."""
+        instances, styles = self.of("instance"), self.of("style")
+        half = max(self.compare - len(styles), self.compare // 2)
+        chosen = instances[:half]
+        return [*chosen, *styles[: self.compare - len(chosen)]]
+
+    @property
+    def base(self) -> Method:
+        """What comparisons vary."""
+        return self.methods[0]
+
+
+def plan_jobs(names: Sequence[str], selection: Selection) -> dict[str, list[Job]]:
+    """The jobs of the named experiments, in order.
+
+    Raises:
+        AblationError: no such experiment.
+    """
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise AblationError(f"There is no experiment {name!r}: choose some of {', '.join(EXPERIMENTS)}.")
+    return {name: EXPERIMENTS[name](selection) for name in dict.fromkeys(names)}
+
+
+def union(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tasks as one edit can have them: no target is to be preserved beside another one, or drawn in its place.
+
+    Raises:
+        AblationError: the anchor of a task is the target of another one.
+    """
+    targets = {task.concept.target.casefold() for task in tasks}
+    for task in tasks:
+        if task.concept.anchor.casefold() in targets:
+            raise AblationError(f"The anchor of {task.name} is ablated by another task: leave one of the two out.")
+    return tuple(
+        replace(task, surrounding=tuple(name for name in task.surrounding if name.casefold() not in targets))
+        for task in tasks
+    )
+
+
+def sibling_anchors(task: Task, count: int = 2) -> list[Task]:
+    """The task with other anchors: its first surrounding concepts, each no longer a surrounding one then.
+
+    Of the same category as the target, as British Shorthair is of Grumpy Cat's in Fig. 11.
+    """
+    return [
+        replace(
+            task,
+            concept=replace(task.concept, anchor=name, anchor_prompts=()),
+            surrounding=tuple(other for other in task.surrounding if other != name),
+        )
+        for name in task.surrounding[:count]
+    ]
+
+
+def _evaluations(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequence[int]) -> list[Job]:
+    return [
+        Job("evaluate", task, Edit((task,), method, seed)) for method in methods for task in tasks for seed in seeds
+    ]
+
+
+def _table(selection: Selection) -> list[Job]:
+    """Every task by every method: the main results."""
+    return _evaluations(selection.tasks, selection.methods, selection.seeds)
+
+
+def _objectives(selection: Selection) -> list[Job]:
+    """Fig. 3, 12 and 13: objectives against steps, as checkpoints of one training at a constant rate."""
+    base = selection.base if selection.base.preset in IMAGE_PRESETS else Method()
+    methods = [
+        replace(base, objective=name, constant_rate=True, steps=selection.checkpoints[-1]) for name in OBJECTIVES
+    ]
+    return [
+        Job("evaluate", task, Edit((task,), method, seed), step, robustness=False)
+        for task in selection.compared()
+        for method in methods
+        for seed in selection.seeds
+        for step in selection.checkpoints
+    ]
+
+
+def _subsets(selection: Selection) -> list[Job]:
+    """Fig. 4 and 6: parameter subsets on instances, with misspelled prompts."""
+    methods = [replace(selection.base, subset=name) for name in INSTANCE_SUBSETS]
+    return _evaluations(selection.of("instance")[: selection.compare], methods, selection.seeds)
+
+
+def _styles(selection: Selection) -> list[Job]:
+    """Fig. 4 and 8: parameter subsets on styles."""
+    methods = [replace(selection.base, subset=name) for name in STYLE_SUBSETS]
+    return _evaluations(selection.of("style")[: selection.compare], methods, selection.seeds)
+
+
+def _memorized(selection: Selection) -> list[Job]:
+    """Fig. 9 and Table 1: copies of memorized images, by subset, and the paper's choice of captions."""
+    methods = [replace(selection.base, subset=name) for name in MEMORIZED_SUBSETS]
+    if selection.base.preset in IMAGE_PRESETS:
+        methods.append(replace(selection.base, subset="full", ranked=True))
+    return _evaluations(selection.of("memorized"), methods, selection.seeds)
+
+
+def _several(selection: Selection) -> list[Job]:
+    """Fig. 10: one model without all instances, one without all styles, against models without one of them each."""
+    jobs = []
+    for kind in ("instance", "style"):
+        tasks = selection.of(kind)
+        if len(tasks) < 2:
+            continue
+        joint = union(tasks)
+        method = replace(selection.base, longer=len(tasks))
+        for seed in selection.seeds:
+            jobs += [Job("evaluate", task, Edit((task,), selection.base, seed)) for task in tasks]
+            jobs += [Job("evaluate", task, Edit(joint, method, seed)) for task in joint]
+    return jobs
+
+
+def _anchors(selection: Selection) -> list[Job]:
+    """Fig. 11: other anchors for the same target."""
+    tasks = selection.of("instance")[: max(1, selection.compare // 2)]
+    every = [variant for task in tasks for variant in (task, *sibling_anchors(task))]
+    return _evaluations(every, [selection.base], selection.seeds)
+
+
+def _limits(selection: Selection) -> list[Job]:
+    """Fig. 14 a: prompts that still reach the target."""
+    return [
+        Job("leaks", task, Edit((task,), selection.base, seed))
+        for task in selection.compared()
+        for seed in selection.seeds[:1]
+    ]
+
+
+def _attack(selection: Selection) -> list[Job]:
+    """Section 5: how hard it is to bring the target back by an optimised prompt, also from the pretrained model."""
+    methods = [selection.base, *(replace(selection.base, subset=name) for name in ATTACKED_SUBSETS)]
+    return [
+        Job("attack", task, edit)
+        for task in selection.compared()
+        for edit in (None, *(Edit((task,), method, selection.seeds[0]) for method in methods))
+    ]
+
+
+EXPERIMENTS: dict[str, Callable[[Selection], list[Job]]] = {
+    "table": _table,
+    "objectives": _objectives,
+    "subsets": _subsets,
+    "styles": _styles,
+    "memorized": _memorized,
+    "several": _several,
+    "anchors": _anchors,
+    "limits": _limits,
+    "attack": _attack,
+}

@@ -1,0 +1,126 @@
+"""The project's goals, each decided by what was measured of the default method.
+
+A goal is met by its figure; the interval says how sure that is. A goal over less than all of its tasks is not measured,
+whatever the figure of the others is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..statistics import Estimate
+from ..tasks import Task
+from .claims import Claim, Rule, Verdict, all_claims, checked
+from .figures import ACCURACY, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
+
+TARGET_GOAL, KEPT_GOAL, MISSPELLED_GOAL = 0.05, 0.98, 0.10
+_NAMED = ("instance", "style")
+_ALL = ("instance", "style", "memorized")
+
+
+def all_goals(measured: Sequence[Measured], judges: Sequence[str], tasks: Sequence[Task], default: str) -> list[Claim]:
+    """Every goal, over all of `tasks`.
+
+    Args:
+        measured: results; those of the experiment "table" by the default method count.
+        judges: names, the main one first.
+        tasks: the whole task list.
+        default: label of the default method.
+    """
+    rows = [one for one in measured if one.experiment == "table" and one.method == default]
+    rules = (_target(tasks), _kept(tasks), _copies(tasks), _misspelled(tasks))
+    made = [checked(rule, rows, judges) for rule in rules]
+    return [*made, agreement([*all_claims(measured, judges), *made], judges)]
+
+
+def agreement(conclusions: Sequence[Claim], judges: Sequence[str]) -> Claim:
+    """Whether the validation judge comes to the same conclusions as the first."""
+    id_, text = "judges-agree", "The second judge agrees with the first on every conclusion."
+    opinions = {one.id: one.validation["agrees"] for one in conclusions if one.validation is not None}
+    decided = {name: agrees for name, agrees in opinions.items() if agrees is not None}
+    if len(judges) < 2 or not decided:
+        return Claim(id_, text, "not measured", "There was no second judge, or nothing to judge.", None, {}, 0, None)
+    against = sorted(name for name, agrees in decided.items() if not agrees)
+    undecided = sorted(opinions.keys() - decided.keys())
+    reason = f"It disagrees on {', '.join(against)}." if against else f"It agrees on {len(decided)} conclusions."
+    numbers = {"agrees on": len(decided) - len(against), "of": len(decided), "not measured": undecided}
+    return Claim(id_, text, "missed" if against else "met", reason, None, numbers, 0, judges[1])
+
+
+def _target(tasks: Sequence[Task]) -> Rule:
+    text = f"Target CLIP accuracy is at most {TARGET_GOAL:.2f}, mean over instances and styles."
+
+    def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
+        over = pool(_of_kinds(measured, _NAMED), ACCURACY, judge, TARGET)
+        return _at_most("target-accuracy", text, over, TARGET_GOAL, _named(tasks, _NAMED), judge)
+
+    return rule
+
+
+def _misspelled(tasks: Sequence[Task]) -> Rule:
+    text = f"CLIP accuracy of misspelled targets is at most {MISSPELLED_GOAL:.2f}, mean over instances and styles."
+
+    def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
+        over = pool(_of_kinds(measured, _NAMED), ACCURACY, judge, ("misspelled",))
+        return _at_most("misspelled-target", text, over, MISSPELLED_GOAL, _named(tasks, _NAMED), judge)
+
+    return rule
+
+
+def _copies(tasks: Sequence[Task]) -> Rule:
+    text = "The copy rate of every memorized picture is 0."
+
+    def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
+        rows = _of_kinds(measured, ("memorized",))
+        over = pool(rows, COPIES, None, TARGET)
+        claim = _at_most("copy-rate", text, over, 0.0, _named(tasks, ("memorized",)), None)
+        by_task = {one.task: as_json(share(pool([one], COPIES, None, TARGET))) for one in rows}
+        return Claim(**{**claim.to_json(), "numbers": {**claim.numbers, "by task": by_task}})
+
+    return rule
+
+
+def _kept(tasks: Sequence[Task]) -> Rule:
+    text = f"The accuracy of surrounding concepts is at least {KEPT_GOAL:.2f} of the pretrained model's."
+
+    def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
+        over = pool(measured, ACCURACY, judge, SURROUNDING)
+        estimate, numbers = kept(over), {"before": as_json(share(over, "before")), "after": as_json(share(over))}
+        verdict: Verdict = "met" if estimate is not None and estimate.value >= KEPT_GOAL else "missed"
+        return _goal("surrounding-kept", text, over, estimate, verdict, _named(tasks, _ALL), judge, numbers)
+
+    return rule
+
+
+def _at_most(id_: str, text: str, over: Pool, goal: float, expected: set[str], judge: str | None) -> Claim:
+    estimate, numbers = share(over), {"before": as_json(share(over, "before"))}
+    verdict: Verdict = "met" if estimate is not None and estimate.value <= goal else "missed"
+    return _goal(id_, text, over, estimate, verdict, expected, judge, numbers)
+
+
+def _goal(
+    id_: str,
+    text: str,
+    over: Pool,
+    estimate: Estimate | None,
+    verdict: Verdict,
+    expected: set[str],
+    judge: str | None,
+    numbers: dict[str, Any],
+) -> Claim:
+    there = {cluster[0] for cluster, _ in over.counts} & expected
+    figure = as_json(estimate, over.images)
+    if there != expected or not expected:
+        reason = f"Measured on {len(there)} of {len(expected)} tasks."
+        return Claim(id_, text, "not measured", reason, figure, numbers, len(there), judge)
+    reason = f"Measured on all {len(expected)} tasks."
+    return Claim(id_, text, verdict, reason, figure, numbers, len(there), judge)
+
+
+def _of_kinds(measured: Sequence[Measured], kinds: Sequence[str]) -> list[Measured]:
+    return [one for one in measured if one.kind in kinds]
+
+
+def _named(tasks: Sequence[Task], kinds: Sequence[str]) -> set[str]:
+    return {task.name for task in tasks if task.concept.kind in kinds}

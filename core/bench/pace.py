@@ -1,0 +1,130 @@
+"""What a benchmark costs: rows of the network, how many it does in a second, and how much time is left.
+
+A row is one latent that passes the network once. A picture of 25 guided steps is 50 rows, for guidance asks the network
+with and without the prompt. A row of training counts as three, its backward pass as two of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..attack import AttackSettings
+from ..denoiser import Denoiser
+from ..errors import Interrupted
+from ..leaks import ScanSettings
+from ..presets import Recipe
+from ..samplers import SampleSettings, draw_images
+
+BACKWARD = 3
+"""Rows that a row with its backward pass counts as."""
+
+_FAMILIES = 6
+_PROBE = 16
+"""Pictures that are drawn to find the speed of an unknown machine."""
+
+
+class RowCounter:
+    """Counts what passes a network while it is attached."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    @contextlib.contextmanager
+    def attached(self, network: nn.Module) -> Iterator[RowCounter]:
+        """Count the rows of `network`, whose first argument has the batch first, until the block ends."""
+
+        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self.rows += len(inputs[0]) * (BACKWARD if torch.is_grad_enabled() else 1)
+
+        handle = network.register_forward_pre_hook(count)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+
+class Pace:
+    """Rows per second, and a limit of time.
+
+    Args:
+        minutes: until everything must have stopped; None for no limit.
+        rate: rows per second of earlier work, if any.
+        margin: seconds before the limit at which work stops, for what has to be written.
+    """
+
+    def __init__(self, minutes: float | None = None, rate: float | None = None, margin: float = 15.0) -> None:
+        self.rate = rate
+        # at least nine tenths of a short time are for work
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes - min(margin, 6 * minutes)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until work stops; infinite without a limit."""
+        return float("inf") if self._deadline is None else self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise Interrupted when the time is up."""
+        if self.seconds_left <= 0:
+            raise Interrupted("The time is up: run the benchmark again to go on.")
+
+    def require(self, rows: float) -> None:
+        """Raise Interrupted if work that cannot be continued later would not be finished in time."""
+        self.check()
+        if self.rate and rows / self.rate > self.seconds_left:
+            raise Interrupted(
+                f"The next training needs about {rows / self.rate / 60:.1f} minutes in one piece: run the benchmark "
+                "again with more time."
+            )
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Take a finished piece of work into the rate, half of which is what was known before."""
+        if rows and seconds > 0:
+            measured = rows / seconds
+            self.rate = measured if self.rate is None else (self.rate + measured) / 2
+
+
+def probe(denoiser: Denoiser) -> float:
+    """Rows per second, from a few steps of a few pictures (after one that warms up)."""
+    steps = min(4, len(denoiser.sigmas))
+    draw_images(denoiser, [""] * 2, range(2), SampleSettings(steps=1))
+    counter, start = RowCounter(), time.perf_counter()
+    with counter.attached(denoiser.network):
+        draw_images(denoiser, ["a picture"] * _PROBE, range(_PROBE), SampleSettings(steps=steps), batch=_PROBE)
+    return counter.rows / (time.perf_counter() - start)
+
+
+def sampling_rows(pictures: int, sample: SampleSettings) -> int:
+    """Rows of drawing."""
+    return pictures * sample.steps * (1 if sample.guidance == 1 else 2)
+
+
+def training_rows(made: Recipe) -> int:
+    """Rows of training, without the dataset's."""
+    training = made.training
+    ablating = training.batch * (BACKWARD + (training.objective not in ("noise", "loss-max")))
+    preserving = training.preserve_batch * (BACKWARD + 1) * bool(made.dataset.preserve)
+    regularizing = training.batch * BACKWARD * bool(training.regularization)
+    return training.steps * (ablating + preserving + regularizing)
+
+
+def dataset_rows(made: Recipe, concepts: int) -> int:
+    """Rows of drawing a dataset."""
+    return sampling_rows(concepts * (made.dataset.images + made.dataset.preserve), made.dataset.sample)
+
+
+def scan_rows(settings: ScanSettings) -> int:
+    """Most rows of a leak scan, with the pictures that its recognisers are calibrated on."""
+    first = _FAMILIES * settings.each * settings.seeds
+    second = (min(settings.suspects, _FAMILIES * settings.each) + 2) * settings.more_seeds
+    return sampling_rows(2 * (first + second) + 2 * settings.more_seeds, settings.sample)
+
+
+def attack_rows(settings: AttackSettings) -> int:
+    """Most rows of an attack on one model."""
+    pictures = settings.images + len(settings.checkpoints) * settings.prompts * settings.seeds
+    return sampling_rows(pictures, settings.sample) + settings.checkpoints[-1] * settings.batch * BACKWARD

@@ -1,0 +1,193 @@
+"""results.json in words: Markdown for people, made from that file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+_TITLES = {
+    "tasks": "Every task",
+    "subsets": "Parameter subsets, instances (Fig. 4 and 6)",
+    "styles": "Parameter subsets, styles (Fig. 4 and 8)",
+    "memorized": "Memorized pictures (Fig. 9 and Table 1)",
+    "several": "Several concepts in one model (Fig. 10)",
+    "anchors": "Other anchors (Fig. 11)",
+}
+
+
+def markdown(results: Results) -> str:
+    """All tables, each under a heading; experiments without results are left out."""
+    parts = [
+        f"## Goals\n\n{conclusions(results['goals'])}",
+        f"## The paper's claims\n\n{conclusions(results['claims'])}",
+    ]
+    for name, title in _TITLES.items():
+        rows = results.get(name) or []
+        if rows:
+            parts.append(f"## {title}\n\n{evaluations(rows, _main(results), memorized=name == 'memorized')}")
+    if results.get("objectives"):
+        parts.append(
+            f"## Objectives against steps (Fig. 3 and 12)\n\n{objectives(results['objectives'], _main(results))}"
+        )
+    if results.get("tasks"):
+        parts.append(f"## Composition kept\n\n{composition(results['tasks'], _main(results))}")
+    if results.get("limits"):
+        parts.append(f"## What still leaks (Fig. 14)\n\n{leaks(results['limits'])}")
+    if results.get("attack"):
+        parts.append(f"## Attack by an optimised prompt\n\n{attacks(results['attack'])}")
+    return "\n\n".join([*parts, f"*{provenance(results)}*"]) + "\n"
+
+
+def provenance(results: Results) -> str:
+    """One sentence: on what, how much, with what, how long."""
+    where, protocol, cost = results["environment"], results["settings"]["protocol"], results["cost"]
+    jobs, judges = results["jobs"].values(), results["settings"]["judges"]
+    return (
+        f"{where['model']} ({where['model_sha256'][:12]}), {protocol['prompts']} held-out prompts × "
+        f"{protocol['images']} images a concept, {protocol['steps']} steps, judged by {' and '.join(judges)}; "
+        f"{sum(job['done'] for job in jobs)} of {sum(job['of'] for job in jobs)} measurements, "
+        f"{cost['rows'] / 1e6:.2f} million network rows in {cost['seconds'] / 3600:.1f} hours on {where['device']} "
+        f"({where['machine']}), torch {where['torch']}; {results['made'][:10]}. Intervals are of 95 %."
+    )
+
+
+def conclusions(claims: Sequence[Row]) -> str:
+    """Claims or goals with verdict, figure and the second judge's opinion."""
+    lines = []
+    for claim in claims:
+        second = claim["validation"]
+        said = "–" if second is None else f"{second['verdict']} ({figure(second['figure'])})"
+        decided = f"{figure(claim['figure'])}{_count(claim['figure'])}"
+        lines.append(
+            [claim["text"], f"**{claim['verdict']}**", decided, str(claim["tasks"] or "–"), said, claim["reason"]]
+        )
+    return table(["", "verdict", "figure", "tasks", "second judge", "why"], lines)
+
+
+def evaluations(rows: Sequence[Row], judge: str, *, memorized: bool = False) -> str:
+    """One line for each job: target, floor, misspelled, surrounding; copies for memorized pictures."""
+    copied = memorized or any(row["copies"] for row in rows)
+    heads = ["ablated → drawn instead", "method", "target", "floor", "misspelled", "surrounding", "kept"]
+    heads += ["copies", "copies, paraphrased"] if copied else []
+    lines = []
+    for row in rows:
+        names = f"{row['task']} → {row['anchor']}"
+        if row["concepts_in_the_edit"] > 1:
+            names += f" (one of {row['concepts_in_the_edit']})"
+        found = row["judges"].get(judge)
+        if found is None:
+            reason = row["failed"] or row["diverged"] or "not measured"
+            lines.append([names, row["method"], reason, *[""] * (len(heads) - 3)])
+            continue
+        cells = [
+            names,
+            row["method"],
+            _moved(found, "target"),
+            f"{found['floor']:.2f}" if found["floor"] is not None else "–",
+        ]
+        cells += [_moved(found, "misspelled"), _moved(found, "surrounding")]
+        cells.append(figure(found.get("surrounding", {}).get("kept"), percent=True))
+        if copied:
+            cells += [_moved(row["copies"] or {}, "target"), _moved(row["copies"] or {}, "paraphrase")]
+        lines.append(cells)
+    return table(heads, lines)
+
+
+def objectives(rows: Sequence[Row], judge: str) -> str:
+    """Target and surrounding accuracy by objective and step, mean over tasks of each kind."""
+    steps = sorted({row["step"] for row in rows})
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for name in dict.fromkeys(row["objective"] for row in rows):
+            for role in ("target", "surrounding"):
+                means = [mean(rows, judge, role, kind=kind, objective=name, step=step) for step in steps]
+                cells = ["–" if value is None else f"{value:.2f}" for value in means]
+                lines.append([kind, name or "", role, *cells])
+    return table(["kind", "objective", "accuracy of", *(f"{step} steps" for step in steps)], lines)
+
+
+def composition(rows: Sequence[Row], judge: str) -> str:
+    """Colour and style words obeyed and subjects in place, before and after."""
+    lines = []
+    for row in rows:
+        words = row["judges"].get(judge, {}).get("words", {})
+        cells = [
+            _moved(words.get(group, {}), role) for group in ("colour", "style") for role in ("target", "surrounding")
+        ]
+        places = [figure(row[name]) for name in ("position_kept", "position_kept_surrounding")]
+        lines.append([row["task"], row["method"], *cells, *places])
+    heads = ["colour, target", "colour, surrounding", "style, target", "style, surrounding"]
+    return table(["task", "method", *heads, "in place, target", "in place, surrounding"], lines)
+
+
+def leaks(rows: Sequence[Row]) -> str:
+    """How many prompts were tried and how many still reach the target."""
+    lines = []
+    for row in rows:
+        if row["failed"]:
+            lines.append([row["task"], row["method"], row["failed"], "", "", "", ""])
+            continue
+        confirmed = row["confirmed_by_validation_judge"]
+        worst = "; ".join(f"“{one['prompt']}” ({one['after']['value']:.0%})" for one in row["worst"][:3])
+        counts = [str(row["tried"]), str(row["leaks"]), "–" if confirmed is None else str(confirmed)]
+        lines.append([row["task"], row["method"], *counts, figure(row["false_alarms"]), worst or "–"])
+    return table(["task", "method", "tried", "leaks", "second judge", "false alarms", "worst"], lines)
+
+
+def attacks(rows: Sequence[Row]) -> str:
+    """Success by optimisation steps."""
+    measured = [row for row in rows if not row["failed"]]
+    steps = sorted({point["steps"] for row in measured for curve in row["curves"].values() for point in curve})
+    lines = []
+    for row in rows:
+        if row["failed"]:
+            lines.append([row["task"], row["method"], "", row["failed"], *[""] * (len(steps) - 1)])
+            continue
+        for judge, curve in row["curves"].items():
+            found = {point["steps"]: point["success"] for point in curve}
+            lines.append([row["task"], row["method"], judge, *(figure(found.get(step)) for step in steps)])
+    return table(["task", "method", "judge", *(f"{step} steps" for step in steps)], lines)
+
+
+def mean(rows: Sequence[Row], judge: str, role: str, **wanted: object) -> float | None:
+    """Mean accuracy after the edit over the rows that have it and the `wanted` values."""
+    found = [
+        row["judges"][judge][role]["after"]["value"]
+        for row in rows
+        if all(row[name] == value for name, value in wanted.items()) and role in row["judges"].get(judge, {})
+    ]
+    return sum(found) / len(found) if found else None
+
+
+def figure(estimate: Row | None, *, percent: bool = False) -> str:
+    """0.12 [0.08, 0.17], or a dash."""
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    form: Callable[[float], str] = (lambda value: f"{value:.0%}") if percent else (lambda value: f"{value:.2f}")
+    if estimate["low"] is None or estimate["high"] is None:
+        return form(estimate["value"])
+    return f"{form(estimate['value'])} [{form(estimate['low'])}, {form(estimate['high'])}]"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+
+
+def _moved(found: Row, role: str) -> str:
+    """Before → after."""
+    if role not in found:
+        return "–"
+    return f"{found[role]['before']['value']:.2f} → {figure(found[role]['after'])}"
+
+
+def _count(estimate: Row | None) -> str:
+    return f", n = {estimate['n']:,}" if estimate and "n" in estimate else ""
+
+
+def _main(results: Results) -> str:
+    return results["settings"]["judges"][0]
