@@ -1,0 +1,238 @@
+"""Conclusions of hand-made results whose answers are known: holding, failing, too uncertain, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from concept_ablation.core.bench.claims import Claim, all_claims
+from concept_ablation.core.bench.figures import Measured, difference, kept, pool, share
+from concept_ablation.core.bench.goals import all_goals
+from concept_ablation.core.bench.measures import Observation
+from concept_ablation.core.concept import Concept
+from concept_ablation.core.tasks import Task
+
+PROMPTS, IMAGES = tuple(f"prompt {number}" for number in range(10)), 8
+AROUND = ("one", "two", "three", "four")
+JUDGES = ["judge", "other judge"]
+TASKS = [
+    *(Task(f"instance-{n}", Concept(f"thing {n}", "stuff"), AROUND) for n in range(2)),
+    *(Task(f"style-{n}", Concept(f"style {n}", "art", "style"), AROUND) for n in range(2)),
+    *(Task(f"memorized-{n}", Concept(f"caption {n}", "anchor", "memorized"), AROUND, "a.png") for n in range(2)),
+]
+BASE = Measured(
+    "table",
+    TASKS[0].name,
+    "instance",
+    method="balanced",
+    subset="cross-attn",
+    objective="model",
+    seed=0,
+    step=None,
+    anchor="stuff",
+    own_anchor=True,
+    joint=1,
+    observations=(),
+    result={},
+)
+
+
+def seen(role: str, after: float, *, before: float = 1.0, measure: str = "accuracy", judge: str | None = None, name=""):
+    """An observation with the same shares in every prompt, but for one picture more in every other one, where possible."""
+    counts = [min(IMAGES, round(after * IMAGES) + (place % 2 if 0 < after < 1 else 0)) for place in range(len(PROMPTS))]
+    first = (round(before * IMAGES),) * len(PROMPTS)
+    return Observation(measure, judge, name or role, role, PROMPTS, IMAGES, first, tuple(counts))
+
+
+def measured(experiment: str, shares: dict[str, float], judges=JUDGES, **more: object) -> Measured:
+    observations = tuple(seen(role, after, judge=judge) for judge in judges for role, after in shares.items())
+    return replace(BASE, experiment=experiment, observations=observations, **more)
+
+
+def claim(rows: list[Measured], name: str, judges=JUDGES) -> Claim:
+    (found,) = [one for one in all_claims(rows, judges) if one.id == name]
+    return found
+
+
+def goal(rows: list[Measured], name: str, judges=JUDGES, tasks=TASKS) -> Claim:
+    (found,) = [one for one in all_goals(rows, judges, tasks, "balanced") if one.id == name]
+    return found
+
+
+def checkpoints(objective: str, targets: list[float], around: list[float], kind: str = "instance") -> list[Measured]:
+    return [
+        measured(
+            "objectives",
+            {"target": target, "surrounding": kept_},
+            objective=objective,
+            kind=kind,
+            task=f"{kind}-0",
+            step=25 * (place + 1),
+        )
+        for place, (target, kept_) in enumerate(zip(targets, around, strict=True))
+    ]
+
+
+def test_nothing_measured_proves_nothing():
+    assert {one.verdict for one in all_claims([], JUDGES)} == {"not measured"}
+    assert {one.verdict for one in all_goals([], JUDGES, TASKS, "balanced")} == {"not measured"}
+
+
+def test_shares_differences_and_ratios_have_the_values_of_the_counts():
+    one = replace(BASE, observations=(seen("target", 0.5, before=1.0, judge="judge"),))
+    found = pool([one], "accuracy", "judge", ("target",))
+    assert found.images == 80 and found.tasks == 1
+    # 4 of 8 in every other prompt, 5 of 8 in the rest
+    assert share(found).value == pytest.approx(0.5625) and share(found, "before").value == 1.0
+    assert kept(found).value == pytest.approx(0.5625)
+    same = replace(BASE, observations=(seen("target", 0.25, judge="judge"),))
+    estimate, over = difference(found, pool([same], "accuracy", "judge", ("target",)))
+    assert estimate.value == pytest.approx(-0.25) and over.images == 80
+    assert difference(found, pool([], "accuracy", "judge", ("target",)))[0] is None
+
+
+def test_checkpoints_and_seeds_are_pooled_and_not_overwritten():
+    rows = [replace(measured("table", {"target": 0.0}), seed=seed) for seed in (0, 1)]
+    rows += [replace(measured("table", {"target": 1.0}), seed=2)]
+    found = pool(rows, "accuracy", "judge", ("target",))
+    assert found.images == 240 and share(found).value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "noise", "verdict", "why"),
+    [
+        ([0.5, 0.0], [1.0, 0.5], "holds", "above 0"),
+        ([1.0, 0.5], [0.5, 0.0], "does not hold", "other way"),
+        ([0.5, 0.0], [0.5, 0.0], "does not hold", "includes 0"),
+    ],
+)
+def test_model_based_is_faster_if_its_curve_lies_lower(model, noise, verdict, why):
+    rows = checkpoints("model", model, [1.0, 1.0]) + checkpoints("noise", noise, [1.0, 1.0])
+    found = claim(rows, "model-faster-than-noise")
+    assert found.verdict == verdict and why in found.reason
+    assert found.figure["n"] == 160 and found.tasks == 1
+    assert found.numbers["model"]["25"]["value"] == pytest.approx(model[0], abs=0.07)
+    assert found.validation == {"judge": "other judge", "verdict": verdict, "figure": found.figure, "agrees": True}
+
+
+def test_loss_maximization_is_compared_where_both_still_trained():
+    rows = checkpoints("model", [0.5, 0.0], [1.0, 0.75])
+    diverged = checkpoints("loss-max", [0.0], [0.25])
+    diverged.append(replace(diverged[0], step=50, observations=()))
+    found = claim(rows + diverged, "loss-max-hurts-neighbours")
+    assert found.verdict == "holds" and found.numbers["step"] == 25
+    assert claim(rows + checkpoints("loss-max", [0.0], [1.0]), found.id).verdict == "does not hold"
+    assert claim(rows, found.id).verdict == "not measured"
+
+
+def test_typos_are_compared_between_subsets():
+    def rows(cross: float, embedding: float) -> list[Measured]:
+        return [
+            measured("subsets", {"target": 0.0, "misspelled": after}, subset=subset)
+            for subset, after in (("cross-attn", cross), ("embedding", embedding))
+        ]
+
+    assert claim(rows(0.0, 0.5), "embedding-less-robust-to-typos").verdict == "holds"
+    assert claim(rows(0.5, 0.0), "embedding-less-robust-to-typos").verdict == "does not hold"
+    assert claim(rows(0.5, 0.0)[:1], "embedding-less-robust-to-typos").verdict == "not measured"
+
+
+def copied(subset: str, rate: float, method: str = "") -> Measured:
+    return replace(
+        BASE,
+        experiment="memorized",
+        subset=subset,
+        method=method or f"balanced:{subset}",
+        kind="memorized",
+        task="memorized-0",
+        observations=(seen("target", rate, measure="copies"),),
+    )
+
+
+def test_full_weights_are_best_only_if_every_other_subset_is_worse():
+    name = "full-best-for-memorized"
+    assert claim([copied("full", 0.0), copied("attn", 0.5), copied("cross-attn", 0.25)], name).verdict == "holds"
+    tie = claim([copied("full", 0.0), copied("attn", 0.5), copied("cross-attn", 0.0)], name)
+    assert tie.verdict == "does not hold" and tie.figure["value"] == 0
+    assert tie.judge is None and tie.validation is None
+    assert claim([copied("full", 0.0)], name).verdict == "not measured"
+    # the pipeline of the paper is another method, and not a better subset
+    ranked = copied("full", 1.0, "balanced:full+ranked")
+    assert claim([copied("full", 0.0), copied("attn", 0.5), ranked], name).verdict == "holds"
+
+
+def test_reverse_kl_is_judged_by_kind():
+    rows = [
+        *checkpoints("model", [0.5, 0.5], [1.0, 1.0], "style"),
+        *checkpoints("reverse-kl", [0.25, 0.0], [1.0, 1.0], "style"),
+        *checkpoints("model", [0.5, 0.0], [1.0, 1.0], "instance"),
+        *checkpoints("reverse-kl", [0.25, 0.0], [1.0, 1.0], "instance"),
+    ]
+    assert claim(rows, "reverse-kl-better-on-styles").verdict == "holds"
+    assert claim(rows, "reverse-kl-worse-on-instances").verdict == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("target", "around", "verdict"),
+    [(0.0, 1.0, "holds"), (0.5, 1.0, "does not hold"), (0.0, 0.5, "does not hold")],
+)
+def test_several_concepts_cost_little_if_neither_side_loses_the_margin(target, around, verdict):
+    rows = [
+        measured("several", {"target": 0.0, "surrounding": 1.0}),
+        measured("several", {"target": target, "surrounding": around}, joint=4),
+    ]
+    assert claim(rows, "several-concepts-cost-little").verdict == verdict
+    assert claim(rows[:1], "several-concepts-cost-little").verdict == "not measured"
+
+
+def test_the_worst_of_the_other_anchors_decides():
+    own = measured("anchors", {"target": 0.0})
+    good = measured("anchors", {"target": 0.0}, anchor="good", own_anchor=False)
+    bad = measured("anchors", {"target": 0.5}, anchor="bad", own_anchor=False)
+    assert claim([own, good], "other-anchors-work").verdict == "holds"
+    found = claim([own, good, bad], "other-anchors-work")
+    assert found.verdict == "does not hold" and found.numbers["other anchors"] == {"instance-0": "bad"}
+
+
+def table(target: float, around: float = 1.0, misspelled: float = 0.0, copies: float = 0.0) -> list[Measured]:
+    rows = []
+    for task in TASKS:
+        shares = {"target": target, "surrounding": around, "misspelled": misspelled}
+        one = measured("table", shares, task=task.name, kind=task.concept.kind)
+        if task.picture:
+            one = replace(one, observations=(*one.observations, seen("target", copies, measure="copies")))
+        rows.append(one)
+    return rows
+
+
+def test_goals_are_met_or_missed_over_all_tasks():
+    rows = table(0.0)
+    assert {one.verdict for one in all_goals(rows, JUDGES, TASKS, "balanced")} == {"met"}
+    assert goal(rows, "target-accuracy").tasks == 4 and goal(rows, "surrounding-kept").tasks == 6
+    assert goal(table(0.5), "target-accuracy").verdict == "missed"
+    assert goal(table(0.0, around=0.75), "surrounding-kept").verdict == "missed"
+    assert goal(table(0.0, misspelled=0.5), "misspelled-target").verdict == "missed"
+    found = goal(table(0.0, copies=0.25), "copy-rate")
+    assert found.verdict == "missed" and set(found.numbers["by task"]) == {"memorized-0", "memorized-1"}
+
+
+def test_a_goal_over_part_of_the_tasks_is_not_measured():
+    rows = [one for one in table(0.0) if one.task != "style-1"]
+    found = goal(rows, "target-accuracy")
+    assert found.verdict == "not measured" and found.reason == "Measured on 3 of 4 tasks." and found.figure["value"] == 0
+    assert goal(rows, "copy-rate").verdict == "met"
+    # another method's results are no substitute
+    assert goal([replace(one, method="paper") for one in table(0.0)], "target-accuracy").tasks == 0
+    assert goal(table(0.0), "copy-rate", tasks=TASKS[:2]).verdict == "not measured"
+
+
+def test_the_second_judge_is_asked_about_everything():
+    rows = table(0.0)
+    assert goal(rows, "judges-agree").verdict == "met" and goal(rows, "judges-agree").numbers["of"] == 3
+    assert goal(rows, "judges-agree", JUDGES[:1]).verdict == "not measured"
+    contrary = tuple(seen("target", 1.0, judge="other judge") for _ in range(1))
+    rows = [replace(one, observations=(*contrary, *one.observations[:3], *one.observations[4:])) for one in rows]
+    found = goal(rows, "judges-agree")
+    assert found.verdict == "missed" and "target-accuracy" in found.reason
+    assert goal(rows, "target-accuracy").validation["agrees"] is False
