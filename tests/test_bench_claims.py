@@ -39,7 +39,7 @@ BASE = Measured(
 
 
 def seen(role: str, after: float, *, before: float = 1.0, measure: str = "accuracy", judge: str | None = None, name=""):
-    """An observation with the same shares in every prompt, but for one picture more in every other one, where possible."""
+    """An observation with about the same share in every prompt, so that prompts differ where they can."""
     counts = [min(IMAGES, round(after * IMAGES) + (place % 2 if 0 < after < 1 else 0)) for place in range(len(PROMPTS))]
     first = (round(before * IMAGES),) * len(PROMPTS)
     return Observation(measure, judge, name or role, role, PROMPTS, IMAGES, first, tuple(counts))
@@ -220,7 +220,9 @@ def test_goals_are_met_or_missed_over_all_tasks():
 def test_a_goal_over_part_of_the_tasks_is_not_measured():
     rows = [one for one in table(0.0) if one.task != "style-1"]
     found = goal(rows, "target-accuracy")
-    assert found.verdict == "not measured" and found.reason == "Measured on 3 of 4 tasks." and found.figure["value"] == 0
+    assert (
+        found.verdict == "not measured" and found.reason == "Measured on 3 of 4 tasks." and found.figure["value"] == 0
+    )
     assert goal(rows, "copy-rate").verdict == "met"
     # another method's results are no substitute
     assert goal([replace(one, method="paper") for one in table(0.0)], "target-accuracy").tasks == 0

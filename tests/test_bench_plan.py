@@ -1,4 +1,4 @@
-"""What a benchmark would do: its jobs, and keys that change with everything that a result depends on, and nothing else."""
+"""What a benchmark would do: its jobs, and keys that change with all that a result depends on, and nothing else."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from .edits import dataset_folder, edit_folder, is_made, make, ranking_rows
 from .measures import observe, observe_copies, observe_position
 from .pace import attack_rows, dataset_rows, sampling_rows, scan_rows, training_rows
 from .plan import Job, Unit, digest
+from .sheets import sample, write_sheet
 from .store import has_pictures
 from .units import pictures, unit_key, units
 
@@ -100,6 +101,7 @@ def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
     original = bench.original(job.task)
     if job.task.concept.kind == "memorized" and original is None:
         found["not_measured"].append("copies: the picture or the copy detector is missing.")
+    sheet = []
     for unit in wanted:
         name = unit_key(unit, bench.tools.model, bench.protocol)
         before = _draw(bench, unit, bench.store.cache("pretrained", name), None, f"Drawing {unit.name} before")
@@ -112,7 +114,12 @@ def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
         if original is not None and bench.detector is not None and unit.role != "surrounding":
             seen.append(observe_copies(bench.detector, original, unit, before, after))
         found["observations"] += [asdict(one) for one in seen]
+        sheet.append((unit, sample(before), sample(after)))
         bench.pace.check()
+    if job.robustness:
+        # not for the many checkpoints of the objectives
+        label = job.edit.method.label.replace(":", "_")
+        write_sheet(bench.store.root / "pictures" / f"{job.task.name}-{label}-{key[:8]}.png", sheet)
     return found
 
 

@@ -6,6 +6,7 @@
     cache/deltas/KEY/      an edit's delta and the checkpoints of its training
     cache/datasets/KEY/    what deltas are trained on
     scratch/KEY/           pictures of a job that is not finished
+    pictures/, leaks/      contact sheets, for people
 
 Several processes and machines may share it. Everything in it may be deleted; it is then made again.
 """

@@ -1,0 +1,89 @@
+"""Put what `concept-ablation bench` found into the repository: results, plots, and tables between markers.
+
+    python benchmarks/publish_bench.py outputs/bench
+
+writes results/bench.json, results/bench/*.png, all tables into benchmarks/README.md, and goals, claims and the main
+table into README.md. What stands between the markers is replaced; a file without them gets a section at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from concept_ablation.core.bench.tables import conclusions, evaluations, markdown, provenance
+from concept_ablation.core.files import replacing, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BEGIN, END = "<!-- bench: made by benchmarks/publish_bench.py -->", "<!-- /bench -->"
+README_PLOTS = ("objectives", "subsets", "memorized")
+
+
+def section(results: dict[str, Any], plots: list[Path], base: Path) -> str:
+    """Everything: for benchmarks/README.md."""
+    pictures = "\n\n".join(picture(plot, base) for plot in plots)
+    return f"{markdown(results)}\n## Plots\n\n{pictures}" if plots else markdown(results).rstrip()
+
+
+def summary(results: dict[str, Any], plots: list[Path], base: Path) -> str:
+    """Goals, claims and the default method's table: for README.md."""
+    default, judge = results["settings"]["default_method"], results["settings"]["judges"][0]
+    rows = [row for row in results["tasks"] if row["method"] == default]
+    parts = [conclusions(results["goals"]), conclusions(results["claims"])]
+    if rows:
+        parts.append(evaluations(rows, judge))
+    parts += [picture(plot, base) for plot in plots if plot.stem in README_PLOTS]
+    return "\n\n".join([*parts, f"*{provenance(results)}*"])
+
+
+def picture(plot: Path, base: Path) -> str:
+    """A Markdown image with a path from the file in `base`."""
+    return f"![{plot.stem}]({Path(os.path.relpath(plot, base)).as_posix()})"
+
+
+def between_markers(text: str, content: str, heading: str) -> str:
+    """`text` with `content` between the markers, or with such a section at its end.
+
+    Raises:
+        ValueError: only one of the markers is there.
+    """
+    block = f"{BEGIN}\n{content}\n{END}"
+    if BEGIN not in text and END not in text:
+        return f"{text.rstrip()}\n\n{heading}\n\n{block}\n".lstrip()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected {BEGIN} and {END} once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{block}{rest.split(END)[1]}"
+
+
+def publish(output: Path, root: Path = ROOT) -> None:
+    """Copy the results of the benchmark in `output` into the repository at `root`."""
+    folder = root / "benchmarks" / "results"
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    write_json(folder / "bench.json", results)
+    plots = []
+    for plot in sorted((output / "plots").glob("*.png")):
+        plots.append(folder / "bench" / plot.name)
+        with replacing(plots[-1]) as temporary:
+            shutil.copyfile(plot, temporary)
+    for path, make, heading in (
+        (root / "benchmarks" / "README.md", section, "# Benchmark"),
+        (root / "README.md", summary, "## Benchmark"),
+    ):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        write_text(path, between_markers(text, make(results, plots, path.parent), heading))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="the --output folder of the benchmark")
+    publish(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

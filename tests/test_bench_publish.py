@@ -1,0 +1,82 @@
+"""What the repository shows of a benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("publish_bench", ROOT / "benchmarks" / "publish_bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def conclusion(text: str, verdict: str) -> dict[str, object]:
+    figure = {"value": 0.04, "low": 0.01, "high": 0.09, "n": 640}
+    return {"text": text, "verdict": verdict, "reason": "Why.", "figure": figure, "tasks": 8, "validation": None}
+
+
+@pytest.fixture
+def results() -> dict[str, object]:
+    row = {
+        "task": "rooster",
+        "anchor": "bird",
+        "method": "balanced",
+        "concepts_in_the_edit": 1,
+        "failed": None,
+        "diverged": "Training diverged at step 3.",
+        "copies": None,
+        "judges": {},
+        "position_kept": None,
+        "position_kept_surrounding": None,
+    }
+    return {
+        "made": "2026-01-02T03:04:05+00:00",
+        "environment": {"model": "m", "model_sha256": "0" * 64, "device": "cpu", "machine": "Linux", "torch": "2"},
+        "settings": {
+            "protocol": {"prompts": 10, "images": 8, "steps": 25},
+            "judges": ["J"],
+            "default_method": "balanced",
+        },
+        "jobs": {"table": {"done": 1, "of": 2}},
+        "cost": {"rows": 2_000_000, "seconds": 7200},
+        "tasks": [row],
+        "claims": [conclusion("A claim.", "holds")],
+        "goals": [conclusion("A goal.", "met")],
+    }
+
+
+def test_results_are_put_between_markers_again_and_again(script, results, tmp_path):
+    output, root = tmp_path / "out", tmp_path / "repository"
+    (output / "plots").mkdir(parents=True)
+    (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    Image.new("RGB", (4, 4)).save(output / "plots" / "objectives.png")
+    root.mkdir()
+    readme = f"# Title\n\n{script.BEGIN}\nold\n{script.END}\n\nThe rest.\n"
+    (root / "README.md").write_text(readme, encoding="utf-8")
+    for _ in range(2):
+        script.publish(output, root)
+        text = (root / "README.md").read_text("utf-8")
+        assert text.startswith("# Title\n") and text.endswith("\nThe rest.\n") and "old" not in text
+        assert text.count("A goal.") == text.count("A claim.") == 1 and "0.04 [0.01, 0.09], n = 640" in text
+        assert "![objectives](benchmarks/results/bench/objectives.png)" in text
+        assert "2.00 million network rows in 2.0 hours" in text and "Training diverged at step 3." in text
+        own = (root / "benchmarks" / "README.md").read_text("utf-8")
+        assert own.startswith("# Benchmark\n") and own.count(script.BEGIN) == 1
+        assert "![objectives](results/bench/objectives.png)" in own
+    assert (root / "benchmarks" / "results" / "bench" / "objectives.png").is_file()
+    assert json.loads((root / "benchmarks" / "results" / "bench.json").read_text("utf-8")) == results
+
+
+def test_a_lonely_marker_is_refused(script):
+    with pytest.raises(ValueError, match="once each"):
+        script.between_markers(f"text {script.BEGIN}", "content", "# Heading")
