@@ -19,7 +19,7 @@ from ..delta import Delta
 from ..errors import AblationError, Interrupted
 from ..files import replacing
 from ..leak_candidates import Words, plain_prompts, words_from_categories
-from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, scan, summary, typical_pictures
+from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, scan, summary
 from ..leaks import write_leak_report as write_report
 from ..metrics import Judge
 from ..samplers import draw_images
@@ -60,19 +60,24 @@ def expected_rows(bench: Bench, job: Job, key: str, counted: set[str]) -> int:
         counted.add(name)
         return rows
 
+    def before(unit: Unit) -> int:
+        name = unit_key(unit, bench.tools.model, bench.protocol)
+        present = has_pictures(bench.store.cache("pretrained", name), len(unit.prompts))
+        return once(name, sampling_rows(unit.pictures, bench.protocol.sample), present)
+
+    def after(unit: Unit) -> int:
+        name = unit_key(unit, bench.tools.model, bench.protocol)
+        present = has_pictures(bench.store.scratch(key) / name, len(unit.prompts))
+        return once(key + name, sampling_rows(unit.pictures, bench.protocol.sample), present)
+
     total = _edit_rows(bench, job, once)
+    if job.kind == "evaluate":
+        drawn = units(job.task, bench.denoiser.prompt_source, bench.protocol, job.robustness)[0]
+        return total + sum(before(unit) + after(unit) for unit in drawn)
+    total += before(_target_unit(bench, job.task))
     if job.kind == "leaks":
         return total + scan_rows(bench.protocol.scan_settings)
-    if job.kind == "attack":
-        return total + attack_rows(bench.protocol.attack_settings)
-    for unit in units(job.task, bench.denoiser.prompt_source, bench.protocol, job.robustness)[0]:
-        rows, name = (
-            sampling_rows(unit.pictures, bench.protocol.sample),
-            unit_key(unit, bench.tools.model, bench.protocol),
-        )
-        total += once(name, rows, has_pictures(bench.store.cache("pretrained", name), len(unit.prompts)))
-        total += once(key + name, rows, has_pictures(bench.store.scratch(key) / name, len(unit.prompts)))
-    return total
+    return total + attack_rows(bench.protocol.attack_settings)
 
 
 def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) -> int:
@@ -134,8 +139,7 @@ def _scan(bench: Bench, job: Job, key: str) -> dict[str, Any]:
     settings, concept = bench.protocol.scan_settings, job.task.concept
     bench.pace.require(scan_rows(settings))
     settings = replace(settings, batch=bench.batch)
-    typical = typical_pictures(bench.denoiser, concept, settings, bench.progress)
-    recognisers = _recognisers(bench, job.task, typical)
+    recognisers = _recognisers(bench, job.task)
     # the other judge needs the pictures of every finding, and not only of the worst
     kept = settings if len(recognisers) == 1 else replace(settings, pictures=10**6)
     report = scan(bench.denoiser, delta, concept, recognisers[0], kept, _words(bench, concept), bench.progress)
@@ -184,10 +188,7 @@ def _attack(bench: Bench, job: Job) -> dict[str, Any]:
     delta = _finished(bench, job) if job.edit else None
     settings, concept = replace(bench.protocol.attack_settings, draw_batch=bench.batch), job.task.concept
     bench.pace.require(attack_rows(settings))
-    typical = typical_pictures(
-        bench.denoiser, concept, replace(bench.protocol.scan_settings, batch=bench.batch), bench.progress
-    )
-    recognisers = _recognisers(bench, job.task, typical)
+    recognisers = _recognisers(bench, job.task)
     images = _target_images(bench, concept)
     curve = attack(bench.denoiser, delta, concept, recognisers[0], settings, images, bench.progress, name=job.task.name)
     points = []
@@ -227,16 +228,26 @@ def _finished(bench: Bench, job: Job) -> Delta:
     return delta
 
 
-def _recognisers(bench: Bench, task: Task, typical: np.ndarray) -> list[Recogniser]:
-    """One for each judge; for a memorized image the copy detector alone."""
+def _recognisers(bench: Bench, task: Task) -> list[Recogniser]:
+    """One for each judge, calibrated on the evaluation's pictures of the target before the edit; for a memorized image
+    the copy detector alone.
+    """
     original = bench.original(task)
     if original is not None and bench.detector is not None:
         return [by_copies(bench.detector, original[None])]
+    target = _target_unit(bench, task)
+    folder = bench.store.cache("pretrained", unit_key(target, bench.tools.model, bench.protocol))
+    drawn = _draw(bench, target, folder, None, f"Drawing {target.name} before")
+    typical = drawn.reshape(-1, *drawn.shape[2:])
 
     def recogniser(judge: Judge) -> Recogniser:
         return by_judge(judge, task.concept, task.surrounding, typical)
 
     return [recogniser(judge) for judge in bench.judges]
+
+
+def _target_unit(bench: Bench, task: Task) -> Unit:
+    return units(task, bench.denoiser.prompt_source, bench.protocol, robustness=False)[0][0]
 
 
 def _words(bench: Bench, concept: Concept) -> Words:

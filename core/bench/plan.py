@@ -240,17 +240,12 @@ def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -
 
 def job_key(job: Job, made: Recipe | None, tools: Instruments, protocol: Protocol) -> str:
     """Key of a job's result."""
+    drawn = [protocol.prompts, protocol.images, asdict(protocol.sample), protocol.first_seed]
     measured: dict[str, object] = {
-        "evaluate": {
-            "prompts": protocol.prompts,
-            "images": protocol.images,
-            "sample": asdict(protocol.sample),
-            "first_seed": protocol.first_seed,
-            "robustness": job.robustness,
-            "words": tools.words,
-        },
-        "leaks": {"scan": asdict(protocol.scan_settings), "categories": tools.categories},
-        "attack": asdict(protocol.attack_settings),
+        "evaluate": {"drawn": drawn, "robustness": job.robustness, "words": tools.words},
+        # the recognisers of both are calibrated on what an evaluation draws
+        "leaks": {"drawn": drawn, "scan": asdict(protocol.scan_settings), "categories": tools.categories},
+        "attack": {"drawn": drawn, "attack": asdict(protocol.attack_settings)},
     }
     return digest(
         {
