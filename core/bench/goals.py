@@ -11,7 +11,7 @@ from typing import Any
 
 from ..statistics import Estimate
 from ..tasks import Task
-from .claims import Claim, Rule, Verdict, all_claims, checked
+from .claims import Claim, Rule, Verdict, checked
 from .figures import ACCURACY, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
 
 TARGET_GOAL, KEPT_GOAL, MISSPELLED_GOAL = 0.05, 0.98, 0.10
@@ -19,7 +19,13 @@ _NAMED = ("instance", "style")
 _ALL = ("instance", "style", "memorized")
 
 
-def all_goals(measured: Sequence[Measured], judges: Sequence[str], tasks: Sequence[Task], default: str) -> list[Claim]:
+def all_goals(
+    measured: Sequence[Measured],
+    judges: Sequence[str],
+    tasks: Sequence[Task],
+    default: str,
+    claims: Sequence[Claim] = (),
+) -> list[Claim]:
     """Every goal, over all of `tasks`.
 
     Args:
@@ -27,11 +33,12 @@ def all_goals(measured: Sequence[Measured], judges: Sequence[str], tasks: Sequen
         judges: names, the main one first.
         tasks: the whole task list.
         default: label of the default method.
+        claims: the other conclusions that both judges should come to.
     """
     rows = [one for one in measured if one.experiment == "table" and one.method == default]
     rules = (_target(tasks), _kept(tasks), _copies(tasks), _misspelled(tasks))
     made = [checked(rule, rows, judges) for rule in rules]
-    return [*made, agreement([*all_claims(measured, judges), *made], judges)]
+    return [*made, agreement([*claims, *made], judges)]
 
 
 def agreement(conclusions: Sequence[Claim], judges: Sequence[str]) -> Claim:

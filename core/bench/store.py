@@ -5,6 +5,8 @@
     cache/pretrained/KEY/  pictures of the pretrained model, one PNG for each prompt
     cache/deltas/KEY/      an edit's delta and the checkpoints of its training
     cache/datasets/KEY/    what deltas are trained on
+    cache/captions/KEY/    captions that were chosen for a memorized image
+    cache/attacked/KEY/    what attackers have of a target
     scratch/KEY/           pictures of a job that is not finished
     pictures/, leaks/      contact sheets, for people
 

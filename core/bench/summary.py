@@ -89,6 +89,7 @@ def results(
     judges = [judge.name for judge in bench.judges]
     keys = {one.key for planned in plan.values() for one in planned}
     stored = [found for key in keys if (found := bench.store.result(key))]
+    claims = all_claims(measured, judges)
     rows = {name: [one for one in measured if one.experiment == name] for name in plan}
     tables = {
         name: [_evaluated(one, judges) for one in found]
@@ -116,8 +117,8 @@ def results(
         **tables,
         "limits": [_leaks(one) for one in rows.get("limits", ())],
         "attack": [_attacked(one) for one in rows.get("attack", ())],
-        "claims": [claim.to_json() for claim in all_claims(measured, judges)],
-        "goals": [goal.to_json() for goal in all_goals(measured, judges, tasks, default)],
+        "claims": [claim.to_json() for claim in claims],
+        "goals": [goal.to_json() for goal in all_goals(measured, judges, tasks, default, claims)],
     }
 
 
