@@ -61,12 +61,12 @@ def test_results_are_put_between_markers_again_and_again(script, results, tmp_pa
     (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
     Image.new("RGB", (4, 4)).save(output / "plots" / "objectives.png")
     root.mkdir()
-    readme = f"# Title\n\n{script.BEGIN}\nold\n{script.END}\n\nThe rest.\n"
+    readme = f"# Title\n\n{script.BEGIN}\noutdated\n{script.END}\n\nThe rest.\n"
     (root / "README.md").write_text(readme, encoding="utf-8")
     for _ in range(2):
         script.publish(output, root)
         text = (root / "README.md").read_text("utf-8")
-        assert text.startswith("# Title\n") and text.endswith("\nThe rest.\n") and "old" not in text
+        assert text.startswith("# Title\n") and text.endswith("\nThe rest.\n") and "outdated" not in text
         assert text.count("A goal.") == text.count("A claim.") == 1 and "0.04 [0.01, 0.09], n = 640" in text
         assert "![objectives](benchmarks/results/bench/objectives.png)" in text
         assert "2.00 million network rows in 2.0 hours" in text and "Training diverged at step 3." in text
