@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | demo | ui`.
+"""The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | demo | ui`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -21,23 +21,37 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from .attack_cli import attack
 from .cli_options import (
     NETWORK_JUDGE,
-    Anchors,
+    AnchorPrompts,
+    Composition,
+    Detector,
     Device,
+    Endpoint,
+    EndpointModel,
     EvalPrompts,
     EvalSeeds,
+    Inception,
     JudgeOption,
     KindOption,
+    Misspellings,
     Model,
+    Original,
     Output,
+    ParaphrasesFile,
     Precision,
     Prediction,
     Seed,
+    SomeAnchors,
     Surrounding,
+    TargetPrompts,
     Targets,
 )
 from .core.errors import AblationError
+from .evaluate_cli import evaluate
+from .evidence_cli import AnchorSearch, interval_words, read_originals, show_evidence
+from .leaks_cli import leaks
 from .web.app import ui
 
 if TYPE_CHECKING:
@@ -62,8 +76,8 @@ console = Console(markup=False, emoji=False, soft_wrap=True)
 @app.command()
 def ablate(
     target: Targets,
-    anchor: Anchors,
     output: Output,
+    anchor: SomeAnchors = None,
     model: Model = None,
     kind: KindOption = "instance",
     preset: Annotated[str, typer.Option(help="balanced or paper.")] = "balanced",
@@ -75,10 +89,8 @@ def ablate(
         str | None, typer.Option(help="cross-attn, attn, embedding or full.", show_default="the preset's")
     ] = None,
     surrounding: Surrounding = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with your own anchor prompts, one a line.")] = None,
-    target_prompts: Annotated[
-        Path | None, typer.Option(help="Text file with further captions of a memorized image, one a line.")
-    ] = None,
+    prompts: AnchorPrompts = None,
+    target_prompts: TargetPrompts = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
@@ -86,6 +98,14 @@ def ablate(
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
+    misspellings: Misspellings = 0,
+    composition: Composition = False,
+    original: Original = None,
+    copy_detector: Detector = None,
+    paraphrases_file: ParaphrasesFile = None,
+    llm_endpoint: Endpoint = None,
+    llm_model: EndpointModel = None,
+    inception: Inception = None,
     judge: JudgeOption = None,
     seed: Seed = 0,
     device: Device = None,
@@ -95,63 +115,34 @@ def ablate(
     """Remove concepts from a model: writes delta.safetensors, report.html, report.json and pictures to --output."""
     from .core.ablation import ablate_and_report
     from .core.evaluation import EvaluationSettings
+    from .core.instruments import load_instruments
     from .core.presets import recipe
 
-    tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
-    evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
+    originals = read_originals(target, kind, original)
+    search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
+    tasks = () if search else _tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
+    evaluation = EvaluationSettings(
+        prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition
+    )
     denoiser, referee = _load(model, judge, device, precision, prediction)
     training = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
     chosen = recipe(
         preset,
         denoiser,
-        tasks[0].concept.kind,
+        kind,
         objective=objective,
         subset=subset,
         seed=seed,
         training={name: value for name, value in training.items() if value is not None},
         dataset={} if images is None else {"images": images},
     )
+    measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
+    instruments = load_instruments(**measuring, device=denoiser.device)
     with _progress() as on_progress:
-        found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    _show(found, output)
-
-
-@app.command()
-def evaluate(
-    delta: Annotated[Path, typer.Option(help="The delta file.")],
-    target: Targets,
-    anchor: Anchors,
-    output: Output,
-    model: Model = None,
-    kind: KindOption = "instance",
-    surrounding: Surrounding = None,
-    eval_prompts: EvalPrompts = 10,
-    eval_seeds: EvalSeeds = 8,
-    judge: JudgeOption = None,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: Precision = "auto",
-    prediction: Prediction = None,
-) -> None:
-    """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
-    from .core import delta_file
-    from .core.ablation import report_inputs
-    from .core.delta import check_fits
-    from .core.evaluation import EvaluationSettings
-    from .core.evaluation import evaluate as measure
-    from .core.files import require_writable
-    from .core.report import write_report
-
-    tasks = _tasks(target, anchor, kind, surrounding, None, None)
-    settings = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds, first_seed=seed)
-    edit = delta_file.load(delta)
-    require_writable(output)
-    denoiser, referee = _load(model, judge, device, precision, prediction)
-    check_fits(edit, denoiser)
-    with _progress() as on_progress:
-        concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
-        found = measure(denoiser, edit, concepts, names, referee, settings, on_progress)
-    write_report(output, report_inputs(denoiser, tasks, delta, found))
+        tasks = search.run(denoiser, instruments, output, on_progress) if search else tasks
+        found = ablate_and_report(
+            denoiser, tasks, chosen, referee, evaluation, output, on_progress, instruments=instruments
+        )
     _show(found, output)
 
 
@@ -258,7 +249,8 @@ def demo(
     _show(found, output)
 
 
-app.command()(ui)
+for command in (evaluate, leaks, attack, ui):
+    app.command()(command)
 
 
 def main() -> None:
@@ -380,14 +372,13 @@ def _show(found: Evaluation, output: Path) -> None:
         figures = f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
         table.add_row(row.ablation, row.name, row.role, *figures, _interval(row.details))
     console.print(table)
+    show_evidence(found, console)
     console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 
 def _interval(details: ConceptDetails | None) -> str:
     """Where the accuracy after the edit lies, as far as so few prompts can say."""
-    if details is None or math.isnan(details.accuracy_after.low):
-        return "–"
-    return f"{details.accuracy_after.low:.2f} to {details.accuracy_after.high:.2f}"
+    return "–" if details is None else interval_words(details.accuracy_after)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from .denoiser import Denoiser
 from .errors import AblationError
 from .evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs, roles
 from .files import require_writable
+from .instruments import Instruments
 from .metrics import Judge
 from .presets import Recipe
 from .progress import ProgressCallback
 from .report import ReportInputs, delta_info, write_report
+from .screening import Screen
 from .subsets import select
 
 DELTA_FILE = "delta.safetensors"
@@ -51,6 +53,7 @@ def ablate(
     recipe: Recipe,
     *,
     directory: Path | None = None,
+    screen: Screen | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Ablation:
     """Build the dataset of the tasks and train a delta on it.
@@ -60,6 +63,7 @@ def ablate(
         tasks: one or several concepts for one delta.
         recipe: settings of the dataset and the training.
         directory: where to keep the dataset, so that a run that was killed goes on; None keeps it in memory.
+        screen: keeps copies of memorized images out of the dataset.
         on_progress: called after each step; raises to cancel.
 
     Raises:
@@ -75,6 +79,7 @@ def ablate(
         recipe.dataset,
         surrounding=[task.surrounding for task in tasks],
         directory=directory,
+        screen=screen,
         on_progress=on_progress,
     )
     built = time.perf_counter()
@@ -113,8 +118,12 @@ def ablate_and_report(
     evaluation: EvaluationSettings,
     output: Path,
     on_progress: ProgressCallback | None = None,
+    *,
+    instruments: Instruments | None = None,
 ) -> Evaluation:
     """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it.
+
+    Where `instruments` have memorized images, no copy of these is trained on.
 
     Raises:
         AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
@@ -122,11 +131,20 @@ def ablate_and_report(
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     make_jobs(denoiser, concepts, surrounding, evaluation)
     require_writable(output)
-    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
+    instruments = instruments or Instruments()
+    screen = screen_of(instruments)
+    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", screen=screen, on_progress=on_progress)
     delta_file.save(made.delta, output / DELTA_FILE)
-    found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress)
+    found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress, instruments)
     write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
+
+
+def screen_of(instruments: Instruments) -> Screen | None:
+    """What keeps copies of the memorized images of `instruments` out of a dataset; None if there are none."""
+    if instruments.detector is None or not instruments.originals:
+        return None
+    return Screen(instruments.detector, tuple(instruments.originals.values()))
 
 
 def report_inputs(

@@ -59,7 +59,7 @@ def recipe(
     """
     if preset not in PRESETS:
         raise AblationError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}.")
-    made = _paper(kind, subset) if preset == "paper" else _balanced(subset)
+    made = _paper(kind, subset) if preset == "paper" else _balanced(kind, subset)
     train = replace(made.training, seed=seed, learning_rate=made.training.learning_rate * denoiser.learning_rate_scale)
     if objective is not None:
         train = replace(train, objective=objective)
@@ -100,8 +100,9 @@ def _paper(kind: Kind, subset: str | None) -> Recipe:
 _BALANCED_RATES = {"cross-attn": 2e-5, "attn": 1e-5, "full": 5e-6, "embedding": 1e-4}
 
 
-def _balanced(subset: str | None) -> Recipe:
-    subset = subset or "cross-attn"
+def _balanced(kind: Kind, subset: str | None) -> Recipe:
+    memorized = kind == "memorized"
+    subset = subset or ("full" if memorized else "cross-attn")
     images = DatasetSettings(images=64, preserve=96, sample=SampleSettings(steps=15, guidance=4.0, eta=1.0))
     train = TrainSettings(
         objective="model",
@@ -112,5 +113,7 @@ def _balanced(subset: str | None) -> Recipe:
         batch=16,
         preserve_batch=16,
         preserve_weight=4.0,
+        # the paper's choice for memorized images: their captions share words with the anchors
+        regularization=1.0 if memorized else 0.0,
     )
     return Recipe(images, train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .ablate import ConceptAblationAblate
+from .anchors import ConceptAblationFindAnchors
 from .concept import ConceptAblationConcept
 from .dataset import ConceptAblationBuildDataset
 from .deltas import (
@@ -16,12 +17,15 @@ from .deltas import (
 )
 from .emoji import ConceptAblationLoadEmojiDiffusion
 from .evaluate import ConceptAblationEvaluate
+from .leaks import ConceptAblationScanForLeaks
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptAblationConcept,
     ConceptAblationBuildDataset,
     ConceptAblationAblate,
     ConceptAblationEvaluate,
+    ConceptAblationScanForLeaks,
+    ConceptAblationFindAnchors,
     ConceptAblationSaveDelta,
     ConceptAblationLoadDelta,
     ConceptAblationApplyDelta,

@@ -15,11 +15,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.ablation import Task, check_tasks
+from ..core.ablation import Task, check_tasks, screen_of
 from ..core.dataset import AblationDataset, DatasetSettings, build, make_plan
+from ..core.errors import AblationError
 from ..core.hosts.comfyui import opened
 from ..core.presets import recipe
 from ..core.samplers import SAMPLERS
+from ..core.screening import Screen
+from . import instruments
 from .images import as_image, as_picture, grid
 from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
 from .types import CATEGORY, PRESET, Concepts, Dataset, model_inputs, preset_input, seed_input, size_inputs
@@ -104,8 +107,12 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     "on and a finished one is not drawn again. Delete the folder to free the space.",
                 ),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Decodes the preview; without it the preview is small and rough."
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the preview, which is small and rough without it. An original needs it.",
                 ),
+                instruments.original_input("no copy of which is to be trained on"),
+                instruments.detector_input(),
             ],
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="What Ablate Concept trains on."),
@@ -133,8 +140,12 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         seed: int,
         keep_on_disk: bool,
         vae: VAE | None = None,
+        original: Tensor | None = None,
+        copy_detector: str = "",
     ) -> io.NodeOutput:
         check_tasks(concepts)
+        if original is not None and vae is None:
+            raise AblationError("Copies of the original are looked for in decoded images: connect the vae, too.")
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
@@ -152,12 +163,14 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     sampler=base.sample.sampler if sampler == PRESET else sampler,
                 ),
             )
+            screen = screen_of(instruments.load(concepts, original, copy_detector, device=denoiser.device))
             data = build(
                 denoiser,
                 [task.concept for task in concepts],
                 settings,
                 surrounding=[task.surrounding for task in concepts],
-                directory=_directory(denoiser, concepts, settings) if keep_on_disk else None,
+                directory=_directory(denoiser, concepts, settings, screen) if keep_on_disk else None,
+                screen=screen,
                 on_progress=progress,
             )
             latents = data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
@@ -173,8 +186,10 @@ def evenly(rows: Sequence[int], count: int) -> list[int]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> str:
-    """A name for a dataset that any change of the model, the concepts, the image size or the settings changes."""
+def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings, screen: Screen | None = None) -> str:
+    """A name for a dataset that any change of the model, the concepts, the image size, the settings or the memorized
+    images changes.
+    """
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     plan = make_plan(concepts, surrounding, denoiser.prompt_source, settings)
     described = {
@@ -183,6 +198,7 @@ def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSetting
         "concepts": [asdict(concept) for concept in concepts],
         "plan": asdict(plan),
         "settings": asdict(settings),
+        **({} if screen is None else {"screen": screen.described}),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -193,9 +209,9 @@ def size_of(data: AblationDataset) -> tuple[int, int]:
     return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
 
 
-def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings) -> Path:
+def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings, screen: Screen | None) -> Path:
     root = Path(folder_paths.get_output_directory()) / "concept_ablation" / "datasets"
-    return root / identity(denoiser, tasks, settings)
+    return root / identity(denoiser, tasks, settings, screen)
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ NAMES = {
     "ConceptAblationBuildDataset": "Build Ablation Dataset",
     "ConceptAblationAblate": "Ablate Concept",
     "ConceptAblationEvaluate": "Evaluate Ablation",
+    "ConceptAblationScanForLeaks": "Scan for Leaks",
+    "ConceptAblationFindAnchors": "Find Anchors of Memorized Image",
     "ConceptAblationSaveDelta": "Save Ablation Delta",
     "ConceptAblationLoadDelta": "Load Ablation Delta",
     "ConceptAblationApplyDelta": "Apply Ablation Delta",

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_args
+
+import numpy as np
 
 from ..core.ablation import Task, check_tasks
 from ..core.concept import MAX_CAPTION_LENGTH, Concept, Kind
 from ..core.dataset import DatasetSettings
 from ..core.errors import AblationError
 from ..core.evaluation import EvaluationSettings
+from ..core.instruments import read_picture
 from ..core.presets import PRESETS, Recipe, recipe
 from ..core.prompts import collapse
 from ..core.samplers import SampleSettings
@@ -26,6 +30,8 @@ PRESET = "the preset's"
 """The choice of objective and subset that leaves them to the preset."""
 MAX_SEED = 2**63 - 1
 MAX_LINES = 1000
+TO_BE_FOUND = "paraphrases of it"
+"""What the anchor of a memorized picture is called until it is found."""
 _NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 
@@ -56,6 +62,10 @@ class Form:
     """Anchor prompts, one a line."""
     captions: str = ""
     """Further captions of a memorized image, one a line."""
+    original: str | None = None
+    """Path of the memorized picture."""
+    misspellings: str = ""
+    composition: bool | str = False
 
 
 FIELDS = tuple(item.name for item in fields(Form))
@@ -79,6 +89,10 @@ class Request:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     sampling: int | None = None
     """Sampling steps of the dataset's and the evaluation's images."""
+    original: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """The memorized picture, uint8 [height, width, 3]."""
+    find_anchors: bool = False
+    """Whether what is drawn instead is still to be found among paraphrases; the task's anchor only says so."""
 
 
 class _Checker:
@@ -114,6 +128,12 @@ class _Checker:
 def check(form: Form) -> tuple[Request | None, dict[str, str]]:
     """The request that a form makes, or None and one sentence for each field that is wrong."""
     checker = _Checker(form)
+    original = (
+        checker.run("original", lambda: read_picture(Path(str(form.original)))) if _shows_original(form) else None
+    )
+    searched = original is not None and not collapse(form.anchor)
+    if searched:
+        form = checker.form = replace(form, anchor=TO_BE_FOUND)
     task = _task(checker)
     training = {
         "steps": checker.number("steps", int, "The number of steps", lambda value: TrainSettings(steps=value)),
@@ -138,6 +158,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         "seeds": checker.number(
             "eval_seeds", int, "The number of pictures", lambda value: EvaluationSettings(seeds=value)
         ),
+        "misspellings": checker.number(
+            "misspellings", int, "The number of prompts", lambda value: EvaluationSettings(misspellings=value)
+        ),
     }
     seed = checker.number("seed", int, "The seed", _check_seed)
     _choices(checker)
@@ -150,7 +173,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         model=str(form.model).strip(),
         task=task,
         preset=form.preset,
-        evaluation=EvaluationSettings(**{"prompts": 5, "seeds": 4, **_given(shown)}, sample=sample),
+        evaluation=EvaluationSettings(
+            **{"prompts": 5, "seeds": 4, **_given(shown)}, sample=sample, composition=bool(form.composition)
+        ),
         name=form.name,
         seed=seed or 0,
         objective=None if form.objective == PRESET else form.objective,
@@ -158,8 +183,15 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         training=_given(training),
         dataset=_given(dataset),
         sampling=sampling,
+        original=original,
+        find_anchors=searched,
     )
     return request, {}
+
+
+def _shows_original(form: Form) -> bool:
+    """Whether there is a picture; one that was uploaded for another kind is hidden, and has no say."""
+    return bool(form.original) and form.kind == "memorized"
 
 
 def suggest_anchor(target: str, kind: str, style_anchor: str, categories: Mapping[str, str] = _NOTHING_KNOWN) -> str:
