@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from concept_ablation import cli
@@ -14,13 +15,16 @@ from concept_ablation.core import delta_file
 from concept_ablation.core.attack import PRETRAINED, AttackCurve, AttackReport, Checkpoint
 from concept_ablation.core.attack_report import write_attack
 from concept_ablation.core.concept import Concept, PromptPair, pairs
+from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.prompts import BUILT_IN, read_prompt_file
 from concept_ablation.core.statistics import share_interval
 from concept_ablation.evidence_cli import AnchorSearch, concept_of, read_originals
 from concept_ablation.tests.test_cli import run  # noqa: F401 - a fixture
+from concept_ablation.tests.test_evaluation import TextJudge
 from concept_ablation.tests.test_leaks import ColourJudge, Painter, blocking
+from concept_ablation.tests.test_memorized import COLOURS
 
 SCAN = ["--each", 3, "--seeds", 2, "--suspects", 3, "--more-seeds", 6, "--steps", 2]
 
@@ -79,10 +83,65 @@ def test_leaks_and_attack_refuse(run, painter):  # noqa: F811
         (["attack", "--budget", "ten"], "whole numbers"),
         (["attack", "--budget", "5,5"], "rising"),
         (["attack", "--delta", painter], "same file name"),
-        (["attack", "--budget", "0,1"], "token embedding"),
+        (["attack", "--budget", "0,1", "--steps", "2"], "token embedding"),
     ):
         code, _, err = run(*arguments, "--delta", painter, "--output", "out")
         assert code == 2 and said in err, (arguments, err)
+
+
+class Fine(Painter):
+    """The painter with as many noise levels as Stable Diffusion has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmas = torch.linspace(0.1, 10, 1000)
+
+
+def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypatch, tmp_path):  # noqa: F811
+    """Red is the memorized picture; cockerel is red, too, and bird and owl are not."""
+    monkeypatch.setattr(cli, "_load", lambda *_: (Fine(), TextJudge()))
+    monkeypatch.setattr(CopyDetector, "load", lambda *_: COLOURS)
+    Image.new("RGB", (4, 4), (230, 0, 0)).save(tmp_path / "red.png")
+    (tmp_path / "own.txt").write_text("a cockerel parade\na bird parade\nan owl parade\n", "utf-8")
+    memorized = ["--kind", "memorized", "--target", "the rooster parade", "--original", "red.png"]
+    few = ["--images", 6, "--steps", 2, "--eval-prompts", 2, "--eval-seeds", 2, "--misspellings", 2]
+    code, out, err = run("ablate", *memorized, *few, "--paraphrases-file", "own.txt", "--output", "made")
+    assert code == 0, err
+    assert "100% of its pictures" in out and "Copies of the memorized image" in out
+    assert read_prompt_file(tmp_path / "made" / "target_prompts.txt") == ("a cockerel parade",)
+    anchors = read_prompt_file(tmp_path / "made" / "anchor_prompts.txt")
+    assert set(anchors) == {"a bird parade", "an owl parade"}
+    told = json.loads((tmp_path / "made" / "report.json").read_text("utf-8"))
+    assert [row["role"] for row in told["concepts"]] == ["target", "anchor", "misspelled"]
+    copies = [row["details"]["copies"]["rate_before"]["value"] for row in told["concepts"][:2]]
+    assert copies == [1, 0]
+    assert told["settings"]["training"]["subset"] == "full" and told["settings"]["training"]["regularization"] == 1
+    assert told["settings"]["evaluation"]["copy_detector"] == "mean colour"
+    manifest = json.loads((tmp_path / "made" / "dataset" / "manifest.json").read_text("utf-8"))
+    assert manifest["screen"]["detector"] == "mean colour"
+
+    # the same figures from the command that measures only
+    texts = ["--prompts", "made/anchor_prompts.txt", "--target-prompts", "made/target_prompts.txt"]
+    texts += ["--anchor", anchors[0], *few[4:], "--delta", "made/delta.safetensors"]
+    code, _, err = run("evaluate", *memorized, *texts, "--output", "measured")
+    assert code == 0, err
+    again = json.loads((tmp_path / "measured" / "report.json").read_text("utf-8"))
+    assert again["concepts"] == told["concepts"]
+    page = (tmp_path / "measured" / "report.html").read_text("utf-8")
+    assert "Copies of the memorised picture" in page and "With typing errors" in page
+
+
+def test_a_composition_is_in_the_report(run, monkeypatch, painter, tmp_path):  # noqa: F811
+    monkeypatch.setattr(cli, "_load", lambda *_: (Fine(), TextJudge()))
+    few = ["--eval-prompts", 1, "--eval-seeds", 1, "--composition"]
+    named = ["--target", "rooster", "--anchor", "bird", "--delta", painter]
+    code, out, err = run("evaluate", *named, *few, "--output", "measured")
+    assert code == 0, err
+    assert "Words of the prompt that are obeyed" in out
+    told = json.loads((tmp_path / "measured" / "report.json").read_text("utf-8"))
+    assert [row["role"] for row in told["concepts"]] == ["target", "anchor", "composed", "composed"]
+    assert set(told["concepts"][2]["composition"]["words"]) == {"colour", "position", "size", "style"}
+    assert "Other words of the request" in (tmp_path / "measured" / "report.html").read_text("utf-8")
 
 
 def test_what_a_delta_removes_is_what_its_file_says_unless_it_is_named():

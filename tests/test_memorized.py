@@ -21,6 +21,7 @@ from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import read_prompt_file
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.screening import Screen
+from concept_ablation.tests.test_copies import needs_weights, scene
 from concept_ablation.tests.test_leaks import Painter, Plain
 
 CAPTION = "rooster parade"
@@ -69,9 +70,9 @@ def test_where_paraphrases_come_from(tmp_path):
         paraphrases_of(CAPTION, 5, file=tmp_path / "own.txt", endpoint="http://localhost:1/v1", model="m")
 
 
+@needs_weights
 def test_sscd_keeps_the_image_itself_out():
-    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    pictures = noise.repeat(8, axis=1).repeat(8, axis=2)
+    pictures = np.stack([scene(0), scene(1)])
     screen = Screen(CopyDetector.load(), (pictures[0],))
     latents = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
     decoder = SimpleNamespace(vae=Plain(), device=torch.device("cpu"))
