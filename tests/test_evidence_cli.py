@@ -18,6 +18,7 @@ from concept_ablation.core.concept import Concept, PromptPair, pairs
 from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.leak_candidates import Words
 from concept_ablation.core.prompts import BUILT_IN, read_prompt_file
 from concept_ablation.core.statistics import share_interval
 from concept_ablation.evidence_cli import AnchorSearch, concept_of, read_originals
@@ -33,7 +34,8 @@ SCAN = ["--each", 3, "--seeds", 2, "--suspects", 3, "--more-seeds", 6, "--steps"
 def painter(monkeypatch, tmp_path) -> Path:
     """A delta file that blocks 'rooster' but not 'cockerel', and a command line that loads the painter."""
     monkeypatch.setattr(cli, "_load", lambda *_: (Painter(), ColourJudge()))
-    monkeypatch.setattr("concept_ablation.leaks_cli.known_words", lambda *_: _no_words())
+    for module in ("leaks_cli", "attack_cli"):
+        monkeypatch.setattr(f"concept_ablation.{module}.known_words", lambda *_: Words())
     delta = blocking("rooster")
     told = {
         "concept_ablation.target": "rooster",
@@ -42,12 +44,6 @@ def painter(monkeypatch, tmp_path) -> Path:
     }
     delta_file.save(Delta(delta.layers, told), tmp_path / "rooster.safetensors")
     return tmp_path / "rooster.safetensors"
-
-
-def _no_words():
-    from concept_ablation.core.leak_candidates import Words
-
-    return Words()
 
 
 def test_leaks_finds_the_planted_one_and_feeds_it_back(run, painter, tmp_path):  # noqa: F811
