@@ -343,9 +343,12 @@ def test_from_concept_to_report(folders, sent):
         found = json.loads(metrics)
         assert [row["name"] for row in found["concepts"]] == ["tropical fish", "fish", "shark"]
         assert (found["delta"] is None) == (number == 2)
+        assert "tropical fish (target):" in report.ui["text"][0]
+    assert (folders.output / "concept_ablation" / "x_00001" / "delta.safetensors").is_file()
 
     tiny = {"each": 1, "seeds": 1, "suspects": 1, "more_seeds": 1, "synonyms": "clownfish"}
-    sheet, prompts = run(leaks.ConceptAblationScanForLeaks, delta=delta, concepts=concepts, **tiny, **shared, **small).args
+    searched = {"delta": delta, "concepts": concepts, **tiny, **shared, **small}
+    sheet, prompts = run(leaks.ConceptAblationScanForLeaks, **searched).args
     assert sheet.shape[0] == 1 and isinstance(prompts, str)
     told = json.loads((folders.output / "concept_ablation" / "leaks_00001" / "leaks.json").read_text("utf-8"))
     assert told["target"] == "tropical fish" and "a clownfish" in {one["prompt"] for one in told["findings"]}
@@ -395,5 +398,3 @@ def in_turn():
     """Embeddings of the original, the caption's picture and the first paraphrase's are alike; the next one's is not."""
     calls = iter([1.0, 1.0, 1.0, 0.0])
     return lambda images: torch.tensor([[value := next(calls), 1 - value]]).expand(len(images), 2)
-        assert "tropical fish (target):" in report.ui["text"][0]
-    assert (folders.output / "concept_ablation" / "x_00001" / "delta.safetensors").is_file()
