@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | demo | ui`.
+"""The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | compress | ...`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -18,13 +18,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from .attack_cli import attack
 from .cli_options import (
     NETWORK_JUDGE,
     AnchorPrompts,
+    AutoPreserve,
     Composition,
     Detector,
     Device,
@@ -37,27 +37,31 @@ from .cli_options import (
     KindOption,
     Misspellings,
     Model,
+    Objective,
     Original,
     Output,
     ParaphrasesFile,
     Precision,
     Prediction,
+    Preset,
+    Profile,
     Seed,
     SomeAnchors,
+    Subset,
     Surrounding,
     TargetPrompts,
     Targets,
 )
+from .cli_output import print_evaluation
+from .compress_cli import compress
 from .core.errors import AblationError
 from .evaluate_cli import evaluate
-from .evidence_cli import AnchorSearch, interval_words, read_originals, show_evidence
+from .evidence_cli import AnchorSearch, read_originals
 from .leaks_cli import leaks
 from .web.app import ui
 
 if TYPE_CHECKING:
     from .core.ablation import Task
-    from .core.details import ConceptDetails
-    from .core.evaluation import Evaluation
     from .core.hosts.diffusers import DiffusersDenoiser
     from .core.metrics import Judge
     from .core.progress import Progress, ProgressCallback
@@ -80,22 +84,22 @@ def ablate(
     anchor: SomeAnchors = None,
     model: Model = None,
     kind: KindOption = "instance",
-    preset: Annotated[str, typer.Option(help="balanced or paper.")] = "balanced",
-    objective: Annotated[
-        str | None,
-        typer.Option(help="model, model-self, noise, reverse-kl or loss-max.", show_default="the preset's"),
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="cross-attn, attn, embedding or full.", show_default="the preset's")
-    ] = None,
+    preset: Preset = "balanced",
+    objective: Objective = None,
+    subset: Subset = None,
     surrounding: Surrounding = None,
+    auto_preserve: AutoPreserve = None,
     prompts: AnchorPrompts = None,
     target_prompts: TargetPrompts = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
-    images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
     misspellings: Misspellings = 0,
@@ -117,6 +121,7 @@ def ablate(
     from .core.evaluation import EvaluationSettings
     from .core.instruments import load_instruments
     from .core.presets import recipe
+    from .core.profiling import profiled
 
     originals = read_originals(target, kind, original)
     search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
@@ -125,7 +130,8 @@ def ablate(
         prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition
     )
     denoiser, referee = _load(model, judge, device, precision, prediction)
-    training = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
+    sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
+    training = {**sizes, "learning_rate": learning_rate}
     chosen = recipe(
         preset,
         denoiser,
@@ -135,15 +141,16 @@ def ablate(
         seed=seed,
         training={name: value for name, value in training.items() if value is not None},
         dataset={} if images is None else {"images": images},
+        auto_preserve=auto_preserve,
     )
     measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
     instruments = load_instruments(**measuring, device=denoiser.device)
-    with _progress() as on_progress:
+    with _progress() as bars, profiled(profile, bars, chosen.training) as on_progress:
         tasks = search.run(denoiser, instruments, output, on_progress) if search else tasks
         found = ablate_and_report(
             denoiser, tasks, chosen, referee, evaluation, output, on_progress, instruments=instruments
         )
-    _show(found, output)
+    print_evaluation(found, output, console)
 
 
 @app.command()
@@ -246,10 +253,10 @@ def demo(
     with _progress() as on_progress:
         chosen = recipe("balanced", denoiser)
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    _show(found, output)
+    print_evaluation(found, output, console)
 
 
-for command in (evaluate, leaks, attack, ui):
+for command in (evaluate, leaks, attack, compress, ui):
     app.command()(command)
 
 
@@ -360,25 +367,6 @@ def _progress() -> Iterator[ProgressCallback]:
             bar.update(bars[progress.phase], completed=progress.step, loss=loss)
 
         yield show
-
-
-def _show(found: Evaluation, output: Path) -> None:
-    table = Table(title=f"CLIP accuracy, {found.judge}")
-    for heading in ("ablation", "concept", "role"):
-        table.add_column(heading)
-    for heading in ("before", "after", "95 % interval"):
-        table.add_column(heading, justify="right")
-    for row in found.concepts:
-        figures = f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
-        table.add_row(row.ablation, row.name, row.role, *figures, _interval(row.details))
-    console.print(table)
-    show_evidence(found, console)
-    console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
-
-
-def _interval(details: ConceptDetails | None) -> str:
-    """Where the accuracy after the edit lies, as far as so few prompts can say."""
-    return "–" if details is None else interval_words(details.accuracy_after)
 
 
 if __name__ == "__main__":

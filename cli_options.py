@@ -28,6 +28,33 @@ SomeAnchors = Annotated[
 Surrounding = Annotated[
     list[str] | None, typer.Option(help="A neighbour to preserve and to measure; give it again for several.")
 ]
+Preset = Annotated[
+    str,
+    typer.Option(help="instant (closed form, nothing is trained), fast, balanced or paper; from quick to thorough."),
+]
+Objective = Annotated[
+    str | None, typer.Option(help="model, model-self, noise, reverse-kl or loss-max.", show_default="the preset's")
+]
+Subset = Annotated[
+    str | None,
+    typer.Option(
+        help="cross-attn, attn, embedding, full, or cross-attn-up: of cross-attn the middle and the way up, with less "
+        "time and memory.",
+        show_default="the preset's",
+    ),
+]
+AutoPreserve = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Preserve this many more concepts: those that the model knows and the text encoder finds nearest to the "
+        "target. They are not measured.",
+        show_default="the preset's",
+    ),
+]
+Profile = Annotated[
+    Path | None, typer.Option(help="Write a profiler trace of a few training steps to this .json file.")
+]
 KindOption = Annotated[str, typer.Option(help="instance, style or memorized.")]
 Output = Annotated[Path, typer.Option(help="Folder for the results; created if it does not exist.")]
 Seed = Annotated[

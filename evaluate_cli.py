@@ -25,6 +25,7 @@ from .cli_options import (
     TargetPrompts,
     Targets,
 )
+from .cli_output import print_evaluation
 from .evidence_cli import load_edited, read_originals
 
 
@@ -72,4 +73,4 @@ def evaluate(
         concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
         found = measure(denoiser, edit, concepts, names, referee, settings, on_progress, instruments)
     write_report(output, report_inputs(denoiser, tasks, delta, found))
-    cli._show(found, output)
+    print_evaluation(found, output, cli.console)

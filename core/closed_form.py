@@ -36,7 +36,9 @@ from .progress import ProgressCallback, Reporter
 from .subsets import select
 from .token_alignment import align, is_padding
 
-_SUBSET = "cross-attn"
+SUBSETS_SOLVED = ("cross-attn", "cross-attn-up")
+"""The subsets that the closed form can edit."""
+
 _ENCODED_AT_ONCE = 16
 _SAME = 1e-6
 
@@ -62,6 +64,8 @@ class ClosedFormSettings:
     """Share of those weights that a padding position has; most positions of a prompt are padding."""
     ridge: float = 1e-3
     """Weight of ||dW||^2, in mean diagonal entries of the Gram matrix."""
+    subset: str = "cross-attn"
+    """One of `SUBSETS_SOLVED`."""
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.preserve_prompts < 0:
@@ -71,6 +75,11 @@ class ClosedFormSettings:
             raise AblationError("The weights of the closed form must be finite numbers of at least 0.")
         if self.erase == 0 or self.ridge == 0:
             raise AblationError("The closed form's erase weight and ridge must be above 0.")
+        if self.subset not in SUBSETS_SOLVED:
+            raise AblationError(
+                f"The closed form edits keys and values of cross-attention, not the subset '{self.subset}': choose one "
+                f"of {', '.join(SUBSETS_SOLVED)}, or a preset that trains."
+            )
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,6 @@ def solve(terms: Iterable[Term], ridge: float) -> Tensor:
     return torch.cholesky_solve(moment.T, factor).T
 
 
-@torch.no_grad()
 def edit(
     denoiser: Denoiser,
     concepts: Sequence[Concept],
@@ -129,7 +137,29 @@ def edit(
     generic: Sequence[str] = (),
     on_progress: ProgressCallback | None = None,
 ) -> Delta:
-    """The closed-form edit of every key and value matrix that reads the text: dense, fp32, with its file header.
+    """The closed-form edit with its file header; otherwise as `solution`."""
+    settings = settings or ClosedFormSettings()
+    delta = solution(denoiser, concepts, settings, surrounding=surrounding, generic=generic, on_progress=on_progress)
+    made = {
+        "objective": "closed-form",
+        "subset": settings.subset,
+        "steps": 0,
+        "settings": json.dumps({"closed_form": asdict(settings)}),
+    }
+    return Delta(delta.layers, delta_header(denoiser, concepts, denoiser.fingerprint(), made))
+
+
+@torch.no_grad()
+def solution(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    settings: ClosedFormSettings | None = None,
+    *,
+    surrounding: Sequence[Sequence[str]] | None = None,
+    generic: Sequence[str] = (),
+    on_progress: ProgressCallback | None = None,
+) -> Delta:
+    """The closed-form edit of every key and value matrix that reads the text: dense, fp32, without a file header.
 
     Prompt pairs and preserved prompts come from training templates, never from those for evaluation.
 
@@ -146,19 +176,8 @@ def edit(
             target from its anchor, or a number is not finite.
     """
     settings = settings or ClosedFormSettings()
-    layers = select(_SUBSET, denoiser)
-    groups = _Groups(
-        erased=[
-            [(pair.target, pair.anchor) for pair in pairs(concept, denoiser.prompt_source, settings.prompts)]
-            for concept in concepts
-        ],
-        preserved=[
-            list(preservation_prompts([c.anchor, *names], c, denoiser.prompt_source, settings.preserve_prompts))
-            for c, names in zip(concepts, surrounding or [()] * len(concepts), strict=True)
-            if settings.preserve_prompts
-        ],
-        generic=list(dict.fromkeys(["", *_without_targets(generic, concepts)])),
-    )
+    layers = select(settings.subset, denoiser)
+    groups = _groups(denoiser, concepts, settings, surrounding, generic)
     contexts = _Contexts(denoiser, groups.prompts(), on_progress)
     readers = {name: layer for name, layer in layers.items() if layer.weight.shape[1] == contexts.width}
     if not readers:
@@ -167,16 +186,21 @@ def edit(
         )
     change = solve(_terms(contexts, concepts, groups, settings), settings.ridge).float().to(denoiser.device)
     changes = {name: LayerDelta(_weight(layer, denoiser.device) @ change) for name, layer in readers.items()}
-    made = {
-        "objective": "closed-form",
-        "subset": _SUBSET,
-        "steps": 0,
-        "settings": json.dumps({"closed_form": asdict(settings)}),
-    }
-    delta = Delta(changes, delta_header(denoiser, concepts, denoiser.fingerprint(), made))
+    delta = Delta(changes)
     if not torch.isfinite(delta.norm()):
         raise AblationError("The closed form gave NaN or infinity: load the model in a higher precision (fp32).")
     return delta
+
+
+def prompts(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    settings: ClosedFormSettings,
+    surrounding: Sequence[Sequence[str]],
+    generic: Sequence[str],
+) -> list[str]:
+    """The distinct prompts that `solution` encodes, given the same arguments."""
+    return _groups(denoiser, concepts, settings, surrounding, generic).prompts()
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,27 @@ class _Groups:
     def prompts(self) -> list[str]:
         erased = [prompt for group in self.erased for pair in group for prompt in pair]
         return list(dict.fromkeys([*erased, *(p for group in self.preserved for p in group), *self.generic]))
+
+
+def _groups(
+    denoiser: Denoiser,
+    concepts: Sequence[Concept],
+    settings: ClosedFormSettings,
+    surrounding: Sequence[Sequence[str]] | None,
+    generic: Sequence[str],
+) -> _Groups:
+    source = denoiser.prompt_source
+    return _Groups(
+        erased=[
+            [(pair.target, pair.anchor) for pair in pairs(concept, source, settings.prompts)] for concept in concepts
+        ],
+        preserved=[
+            list(preservation_prompts([c.anchor, *names], c, source, settings.preserve_prompts))
+            for c, names in zip(concepts, surrounding or [()] * len(concepts), strict=True)
+            if settings.preserve_prompts
+        ],
+        generic=list(dict.fromkeys(["", *_without_targets(generic, concepts)])),
+    )
 
 
 class _Contexts:

@@ -37,6 +37,10 @@ class LowRank:
     def dense(self) -> Tensor:
         return (self.up @ self.down.flatten(1)).reshape(self.shape)
 
+    def truncated(self, rank: int) -> LowRank:
+        """The first `rank` of its terms, or all if there are no more."""
+        return LowRank(self.up[:, :rank], self.down[:rank])
+
 
 @dataclass(frozen=True)
 class LayerDelta:
@@ -246,6 +250,22 @@ def merge(deltas: Iterable[tuple[Delta, float]]) -> Delta:
     return Delta(total, {"concept_ablation.merged": "; ".join(sources)})
 
 
+def factorize(weight: Tensor | LowRank) -> LowRank:
+    """A weight change [out, …] as its singular value decomposition: the terms sorted from the largest down, the
+    singular values shared equally by both factors. Its first r terms are the best approximation of rank r (Eckart and
+    Young, 1936).
+    """
+    if isinstance(weight, LowRank):
+        # by way of the factors' triangles, which are small: those of an embedding are as long as the vocabulary
+        left, up = torch.linalg.qr(weight.up)
+        right, down = torch.linalg.qr(weight.down.flatten(1).T)
+        inner = factorize(up @ down.T)
+        return LowRank(left @ inner.up, (inner.down @ right.T).reshape(-1, *weight.down.shape[1:]))
+    u, s, vh = torch.linalg.svd(weight.float().flatten(1), full_matrices=False)
+    root = s.sqrt()
+    return LowRank(u * root, (root[:, None] * vh).reshape(-1, *weight.shape[1:]))
+
+
 def to_lora(delta: Delta, rank: int) -> tuple[Delta, float]:
     """The best approximation of each weight change by one of `rank`, from its singular value decomposition.
 
@@ -263,18 +283,16 @@ def to_lora(delta: Delta, rank: int) -> tuple[Delta, float]:
     kept = energy = 0.0
     for name, layer in delta.layers.items():
         weight = layer.weight
-        if isinstance(weight, LowRank) and weight.up.shape[1] > rank:
-            weight = weight.dense()
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
+        fits = isinstance(weight, LowRank) and weight.up.shape[1] <= rank
+        if weight is None or fits or len(weight.shape) < 2:
             layers[name] = layer
             share = float(LayerDelta(layer.weight).squared_norm())
             kept, energy = kept + share, energy + share
             continue
-        u, s, vh = torch.linalg.svd(weight.float().flatten(1), full_matrices=False)
-        root = s[:rank].sqrt()
-        down = (root[:, None] * vh[:rank]).reshape(-1, *weight.shape[1:])
-        layers[name] = LayerDelta(LowRank(u[:, :rank] * root, down), layer.bias)
-        kept, energy = kept + float(s[:rank].square().sum()), energy + float(s.square().sum())
+        low = factorize(weight).truncated(rank)
+        layers[name] = LayerDelta(low, layer.bias)
+        kept += float(LayerDelta(low).squared_norm())
+        energy += float(LayerDelta(weight).squared_norm())
     metadata = {**delta.metadata, "concept_ablation.rank": str(rank)}
     return Delta(layers, metadata), kept / energy if energy else 1.0
 

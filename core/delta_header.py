@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 from .concept import Concept
 from .denoiser import Denoiser
+from .errors import AblationError
 
 _MODELSPEC = {
     "sd1": "stable-diffusion-v1/lora",
@@ -42,3 +43,15 @@ def delta_header(
         "concept_ablation.base_model_sha256": model,
         **{f"concept_ablation.{name}": str(value) for name, value in made.items()},
     }
+
+
+def named_concepts(header: Mapping[str, str]) -> tuple[Concept, ...]:
+    """The concepts that a delta's file says it ablates, without the prompts of memorized images.
+
+    Raises:
+        AblationError: it names none, or captions that hold a semicolon keep them from being told apart.
+    """
+    parts = [header.get(f"concept_ablation.{field}", "").split("; ") for field in ("target", "anchor", "kind")]
+    if not parts[0][0] or len({len(part) for part in parts}) > 1:
+        raise AblationError("The delta's file does not say what it ablates: name its targets and anchors.")
+    return tuple(Concept(target, anchor, kind) for target, anchor, kind in zip(*parts, strict=True))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .prompts import PromptSource
+from .vocabulary import COMMON, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Denoiser(ABC):
         sigmas: the noise levels that the model was trained on, ascending, [T]. "t uniform" means a uniform index.
         latent_shape: (channels, height, width) of the latent of the model's native image size.
         prompt_source: the prompt templates that suit this model.
+        vocabulary: concepts that it knows, to choose from what to preserve.
         device: where latents and conditioning belong.
         learning_rate_scale: what the learning rates of Stable Diffusion 1.x are multiplied by for this model.
         gradient_scale: what a loss is multiplied by before the backward pass and gradients are divided by after it.
@@ -97,6 +99,7 @@ class Denoiser(ABC):
     latent_shape: tuple[int, int, int]
     prompt_source: PromptSource
     device: torch.device
+    vocabulary: Vocabulary = COMMON
     learning_rate_scale: float = 1.0
     gradient_scale: float = 1.0
 

@@ -63,6 +63,11 @@ class HarvestSettings:
         """The steps that give rows."""
         return self.keep or tuple(range(self.sample.steps))
 
+    @property
+    def sizes(self) -> DatasetSettings:
+        """A dataset of images with the same plan."""
+        return DatasetSettings(images=self.trajectories, preserve=self.preserve, prompts=self.prompts)
+
 
 @dataclass(frozen=True)
 class Harvest:
@@ -75,6 +80,7 @@ class Harvest:
         plan: the prompts of each trajectory.
         settings: how it was made.
         concepts: what it ablates.
+        surrounding: for each concept, the names that it preserves beside the anchor.
         model: fingerprint of the model.
     """
 
@@ -84,6 +90,7 @@ class Harvest:
     plan: Plan
     settings: HarvestSettings
     concepts: tuple[Concept, ...]
+    surrounding: tuple[tuple[str, ...], ...]
     model: str
 
     @property
@@ -127,12 +134,12 @@ def harvest(
     Raises:
         AblationError: `directory` holds another dataset or cannot be written, or the model gave NaN or infinity.
     """
-    sizes = DatasetSettings(images=settings.trajectories, preserve=settings.preserve, prompts=settings.prompts)
-    plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, sizes)
+    held = tuple(map(tuple, surrounding or [()] * len(concepts)))
+    plan = make_plan(concepts, held, denoiser.prompt_source, settings.sizes)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
     if directory is not None:
-        shards.claim(directory, _manifest(plan, settings, concepts, model))
+        shards.claim(directory, _manifest(plan, settings, concepts, held, model))
     reporter = Reporter(on_progress, "Harvesting", len(batches) * settings.sample.steps)
     parts = []
     for number, rows in enumerate(batches):
@@ -149,7 +156,7 @@ def harvest(
             reporter.advance(settings.sample.steps)
         parts.append(found)
     rows_of = {name: torch.cat([part[name] for part in parts]) for name in ("x", "sigma", "prediction")}
-    return Harvest(**rows_of, plan=plan, settings=settings, concepts=tuple(concepts), model=model)
+    return Harvest(**rows_of, plan=plan, settings=settings, concepts=tuple(concepts), surrounding=held, model=model)
 
 
 def load(directory: Path) -> Harvest:
@@ -169,8 +176,14 @@ def load(directory: Path) -> Harvest:
     if sum(len(x) for x, *_ in parts) != len(plan.rows) * len(settings.kept):
         raise AblationError(f"The harvest in {directory} is not finished: run it again to complete it.")
     rows_of = {name: torch.cat(tensors) for name, tensors in zip(names, zip(*parts, strict=True), strict=True)}
-    concepts = shards.read_concepts(manifest["concepts"])
-    return Harvest(**rows_of, plan=plan, settings=settings, concepts=concepts, model=manifest["model"])
+    return Harvest(
+        **rows_of,
+        plan=plan,
+        settings=settings,
+        concepts=shards.read_concepts(manifest["concepts"]),
+        surrounding=tuple(map(tuple, manifest["surrounding"])),
+        model=manifest["model"],
+    )
 
 
 def _sample(
@@ -196,11 +209,18 @@ def _sample(
     return {"x": x, "sigma": sigma, "prediction": prediction}
 
 
-def _manifest(plan: Plan, settings: HarvestSettings, concepts: Sequence[Concept], model: str) -> dict[str, Any]:
+def _manifest(
+    plan: Plan,
+    settings: HarvestSettings,
+    concepts: Sequence[Concept],
+    surrounding: Sequence[Sequence[str]],
+    model: str,
+) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "model": model,
         "concepts": shards.describe_concepts(concepts),
+        "surrounding": surrounding,
         "settings": asdict(settings),
         "prompts": plan.prompts,
         "rows": plan.rows,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import low_rank
 from .delta import Attachment, Delta, LayerDelta, LowRank, check_fits
 from .denoiser import Denoiser
 from .errors import AblationError
@@ -20,17 +21,18 @@ from .harvest import Harvest
 from .losses import model_based
 from .progress import ProgressCallback
 from .subsets import empty_delta
-from .trainer import Prompts, TrainResult, TrainSettings, optimize, shuffled
+from .trainer import Prompts, TrainResult, TrainSettings, optimize, sent, shuffled
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one step, on the model's device: those that ablate first, then those that preserve."""
+    """Rows of one step, on the model's device but for `target`: those that ablate first, then those that preserve."""
 
     x: Tensor
     sigma: Tensor
     teacher: Tensor
     target: Tensor
+    """Which prompts, on the CPU: the text encoder is asked by name."""
 
 
 def train_harvested(
@@ -48,7 +50,8 @@ def train_harvested(
         harvest: rows.
         settings: as for images, with the objective "model" and neither flips nor regularization, which harvested rows
             cannot give: the teacher has not seen the mirrored latent, and there is no image.
-        start: a delta to begin with, for instance a closed form's; it is left as it is.
+        start: a delta to begin with, for instance a closed form's; it is left as it is. A training of low rank begins
+            with its best approximation.
         on_progress: called after each step; raises to cancel.
 
     Raises:
@@ -60,9 +63,9 @@ def train_harvested(
             "Harvested rows serve the objective 'model' without flips or regularization: change those settings, or "
             "train on a dataset of images."
         )
-    delta = empty_delta(settings.subset, denoiser, harvest.concepts)
+    delta = empty_delta(settings.subset, denoiser, harvest.concepts, settings.rank, settings.seed)
     if start is not None:
-        delta = _begun(delta, start, denoiser, settings.subset)
+        delta = _begun(delta, start, denoiser, settings)
 
     def losses(attachment: Attachment) -> Iterator[tuple[Tensor, Tensor]]:
         prompts = Prompts(denoiser, harvest.plan.prompts, attachment, settings.subset)
@@ -76,14 +79,17 @@ def train_harvested(
     return optimize(denoiser, delta, settings, losses, on_progress)
 
 
-def _begun(delta: Delta, start: Delta, denoiser: Denoiser, subset: str) -> Delta:
-    """A copy of `delta` (zeros, dense) with the values of `start` in it."""
+def _begun(delta: Delta, start: Delta, denoiser: Denoiser, settings: TrainSettings) -> Delta:
+    """A copy of `delta` (zeros, dense or of the settings' rank) with the values of `start` in it."""
     check_fits(start, denoiser)
-    outside = [name for name in start.layers if name not in delta.layers]
-    if outside or any(isinstance(layer.weight, LowRank) for layer in delta.layers.values()):
+    fits = settings.subset != "embedding" and all(
+        name in delta.layers and (layer.bias is None or delta.layers[name].bias is not None)
+        for name, layer in start.layers.items()
+    )
+    if not fits:
         raise AblationError(
-            f"The delta to begin with edits other weights than the subset '{subset}' trains: choose the subset that it "
-            "was made for."
+            f"The delta to begin with edits other weights than the subset '{settings.subset}' trains: choose the "
+            "subset that it was made for."
         )
     return replace(
         delta,
@@ -95,6 +101,8 @@ def _begun(delta: Delta, start: Delta, denoiser: Denoiser, subset: str) -> Delta
 
 
 def _sum(zeros: LayerDelta, start: LayerDelta) -> LayerDelta:
+    if isinstance(zeros.weight, LowRank):
+        return LayerDelta(zeros.weight if start.weight is None else low_rank.begun(start.weight, zeros.weight))
     weight = start.weight.dense() if isinstance(start.weight, LowRank) else start.weight
     begun = (
         empty if given is None or empty is None else empty + given.detach().to(empty)
@@ -111,11 +119,6 @@ def _batches(harvest: Harvest, settings: TrainSettings, device: torch.device) ->
     preserve = shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
     for _ in range(settings.steps):
         rows = torch.cat((next(ablate), next(preserve)))
-        chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction, targets))
-        x, sigma, teacher, target = (_sent(tensor, device) for tensor in chosen)
-        yield _Batch(x, sigma, teacher.float(), target)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without the host waiting for what the device still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction))
+        x, sigma, teacher = (sent(tensor, device) for tensor in chosen)
+        yield _Batch(x, sigma, teacher.float(), targets[rows])

@@ -123,6 +123,28 @@ class PromptSource:
                     )
 
 
+def development(source: PromptSource, count: int = 10) -> PromptSource:
+    """`source` with its last `count` training templates of each sort in the place of its evaluation templates, and out
+    of training: what settings are chosen with, so that evaluation prompts stay unseen until the end. Of style suffixes,
+    which are few, the last one.
+
+    Raises:
+        AblationError: there are not more than `count` templates of a sort, or not more than one suffix.
+    """
+    if count < 1 or min(len(source.instance_train), len(source.style_train)) <= count:
+        raise AblationError(f"These templates are too few to keep {count} of them for development; ask for fewer.")
+    if len(source.style_suffixes_train) < 2:
+        raise AblationError("There is only one style suffix, which training needs; add others to prompts.json.")
+    return PromptSource(
+        instance_train=source.instance_train[:-count],
+        instance_evaluation=source.instance_train[-count:],
+        style_train=source.style_train[:-count],
+        style_evaluation=source.style_train[-count:],
+        style_suffixes_train=source.style_suffixes_train[:-1],
+        style_suffixes_evaluation=source.style_suffixes_train[-1:],
+    )
+
+
 def load_prompt_source(path: Path) -> PromptSource:
     """Read a `prompts.json`, which a model folder ships when its captions follow a grammar of their own.
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .errors import AblationError
 from .evaluation import ConceptResult, Evaluation
 from .files import replacing, write_json, write_text
+from .phases import Phase
 from .report_words import duration, interval, percent, unseen_rate
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class ReportInputs:
     settings: dict[str, object]
     model: str
     """Name or path of the edited model, as the reader knows it."""
+    phases: tuple[Phase, ...] = ()
+    """What making the delta cost, by phase; empty if another run made it."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ def _summary(inputs: ReportInputs) -> dict[str, object]:
     summary = {
         "concepts": concepts,
         "seconds": {**evaluation.seconds, **inputs.seconds},
+        "phases": [asdict(phase) for phase in inputs.phases],
         "delta": None if inputs.delta is None else asdict(inputs.delta),
         "settings": {**inputs.settings, "evaluation": evaluation.settings},
         "judge": evaluation.judge,

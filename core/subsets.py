@@ -1,7 +1,8 @@
 """Which weights an edit may touch.
 
 Layers are chosen by patterns on their LoRA names, which are the same in every host. The subsets are the paper's
-(section 3.2) and `attn`, which its authors added later for stronger removal.
+(section 3.2), `attn`, which its authors added later for stronger removal, and `cross-attn-up`, with which the backward
+pass is truncated: nothing before the first layer that is trained has a gradient, so nothing is kept for one there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from . import low_rank
 from .concept import Concept
 from .delta import Delta, zeros, zeros_in_rows
 from .denoiser import Denoiser
@@ -20,6 +22,7 @@ _UNET = {
     "cross-attn": r"lora_unet_.*_attn2_to_[kv]",
     "attn": r"lora_unet_.*_attn[12]_to_(q|k|v|out_0)",
     "full": r"lora_unet_.*",
+    "cross-attn-up": r"lora_unet_(mid_block|up_blocks)_.*_attn2_to_[kv]",
 }
 _PATTERNS = {"sd1": _UNET, "sd2": _UNET, "sdxl": _UNET}
 _TOKEN_EMBEDDING = r"text_encoders\..*\.token_embedding"
@@ -29,7 +32,11 @@ SUBSETS: dict[str, str] = {
     "attn": "queries, keys, values and outputs of all attention layers",
     "embedding": "the target's rows of the text encoder's token embedding",
     "full": "every weight of the denoising network",
+    "cross-attn-up": "of cross-attn the middle and the way up, where the backward pass stops: less time and memory",
 }
+
+NOT_LINEAR = ("embedding", "full")
+"""Subsets with other layers than linear ones, which cannot be trained as factors of a given rank."""
 
 
 def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
@@ -47,16 +54,18 @@ def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
     return layers
 
 
-def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept]) -> Delta:
-    """A delta of zeros over `subset`, ready to be trained.
+def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept], rank: int = 0, seed: int = 0) -> Delta:
+    """A delta of zeros over `subset`, ready to be trained: whole matrices, or with a `rank` the factors of LoRA.
 
     For `embedding` only the rows of the targets' tokens are in it: of those tokens, where there are any, that the
     anchor does not share ("grumpy" of Grumpy Cat -> cat), because a shared row would move the anchor too.
 
     Raises:
-        AblationError: as `select`.
+        AblationError: as `select`, or a rank for a subset that has other layers than linear ones.
     """
     layers = select(subset, denoiser)
+    if rank:
+        return _on_device(low_rank.zeros(layers, rank, seed), denoiser)
     if subset != "embedding":
         return _on_device(zeros(layers), denoiser)
     rows: set[int] = set()

@@ -21,8 +21,9 @@ from .delta import Attachment, Delta
 from .denoiser import Conditioning, Denoiser, true_direction
 from .errors import AblationError, Diverged
 from .losses import loss_maximization, model_based, noise_based
+from .low_rank import LEARNING_RATE_FACTOR
 from .progress import ProgressCallback, Reporter
-from .subsets import empty_delta, trainable
+from .subsets import NOT_LINEAR, empty_delta, trainable
 
 OBJECTIVES: dict[str, str] = {
     "model": "match the frozen model's prediction for the anchor prompt (Eq. 4)",
@@ -34,6 +35,8 @@ OBJECTIVES: dict[str, str] = {
 TARGET_IMAGES = ("reverse-kl", "loss-max")
 """Objectives whose images are drawn from the target prompt instead of the anchor prompt."""
 
+PHASE = "Training"
+"""What its progress is called."""
 _DIVERGED_FACTOR = 50.0
 _DISTANCE_WEIGHT = 10.0
 
@@ -46,6 +49,9 @@ class TrainSettings:
     subset: str = "cross-attn"
     steps: int = 100
     learning_rate: float = 2e-3
+    """Of whole matrices; for factors it is multiplied by `low_rank.LEARNING_RATE_FACTOR`."""
+    rank: int = 0
+    """Train factors of this rank (LoRA) in place of whole matrices; 0 trains those. For subsets of linear layers."""
     batch: int = 32
     """Rows that ablate, in each step."""
     preserve_batch: int = 0
@@ -69,6 +75,13 @@ class TrainSettings:
             raise AblationError(f"There is no objective '{self.objective}': choose one of {', '.join(OBJECTIVES)}.")
         if self.steps < 1 or self.batch < 1 or self.preserve_batch < 0:
             raise AblationError("Training needs at least one step and a batch of at least one row.")
+        if self.rank < 0:
+            raise AblationError(f"The rank must be at least 1, or 0 to train whole matrices, not {self.rank}.")
+        if self.rank and self.subset in NOT_LINEAR:
+            raise AblationError(
+                f"The subset '{self.subset}' has other layers than linear ones and cannot be trained with a rank: "
+                "choose cross-attn or attn, or train without a rank and compress the delta."
+            )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AblationError(f"The learning rate must be a positive number, not {self.learning_rate}.")
 
@@ -114,7 +127,7 @@ def train(
             f"The objective '{settings.objective}' needs images of the {wanted} and this dataset has images of the "
             f"{dataset.settings.source}: build a dataset for that objective."
         )
-    delta = empty_delta(settings.subset, denoiser, dataset.concepts)
+    delta = empty_delta(settings.subset, denoiser, dataset.concepts, settings.rank, settings.seed)
 
     def losses(attachment: Attachment) -> Iterator[tuple[Tensor, Tensor]]:
         prompts = Prompts(denoiser, dataset.plan.prompts, attachment, settings.subset)
@@ -148,9 +161,10 @@ def optimize(
     parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
     # None lets PyTorch choose between its other implementations
     fused = True if denoiser.device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=fused)
+    peak = settings.learning_rate * (LEARNING_RATE_FACTOR if settings.rank else 1.0)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    reporter = Reporter(on_progress, "Training", settings.steps)
+    reporter = Reporter(on_progress, PHASE, settings.steps)
     read: list[float] = []
     unread: list[Tensor] = []
     checkpointed = denoiser.checkpointed() if settings.checkpointing else contextlib.nullcontext()
@@ -188,11 +202,16 @@ class Prompts:
             self.pretrained = denoiser.encode(prompts)
 
     def student(self, index: Tensor) -> Conditioning:
-        """As the edited model sees the prompts, with gradients where the text encoder is edited."""
+        """As the edited model sees the prompts, with gradients where the text encoder is edited.
+
+        Args:
+            index: which prompts, [B]. Given on the CPU, no device has to be waited for.
+        """
         if not self._edited:
-            return self.pretrained[index]
+            return self.pretrained[sent(index, self._denoiser.device)]
         distinct, inverse = torch.unique(index, return_inverse=True)
-        return self._denoiser.encode([self._prompts[i] for i in distinct.tolist()])[inverse]
+        encoded = self._denoiser.encode([self._prompts[i] for i in distinct.tolist()])
+        return encoded[sent(inverse, self._denoiser.device)]
 
 
 def _step_loss(
@@ -272,6 +291,13 @@ def shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Te
             pool = torch.cat((pool, rows[torch.randperm(len(rows), generator=generator)]))
         yield pool[:size]
         pool = pool[size:]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without the host waiting for what the device still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextlib.contextmanager

@@ -17,12 +17,14 @@ from .deltas import (
 )
 from .emoji import ConceptAblationLoadEmojiDiffusion
 from .evaluate import ConceptAblationEvaluate
+from .instant import ConceptAblationInstant
 from .leaks import ConceptAblationScanForLeaks
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptAblationConcept,
     ConceptAblationBuildDataset,
     ConceptAblationAblate,
+    ConceptAblationInstant,
     ConceptAblationEvaluate,
     ConceptAblationScanForLeaks,
     ConceptAblationFindAnchors,

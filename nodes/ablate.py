@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,16 @@ import numpy as np
 from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 
-from ..core.ablation import finish
-from ..core.dataset import AblationDataset
-from ..core.delta import Delta
+from ..core.ablation import Ablation, Data, train_on
 from ..core.errors import AblationError
+from ..core.harvest import Harvest
 from ..core.hosts.comfyui import opened, patched
 from ..core.presets import recipe
 from ..core.progress import Reporter
 from ..core.report import loss_plot
-from ..core.samplers import draw_images
+from ..core.samplers import SampleSettings, draw_images
 from ..core.subsets import SUBSETS
-from ..core.trainer import OBJECTIVES, TrainSettings, train
+from ..core.trainer import OBJECTIVES
 from .dataset import size_of
 from .images import png_as_image
 from .progress import NodeProgress, memory_advice
@@ -49,13 +49,13 @@ class ConceptAblationAblate(io.ComfyNode):
             ),
             inputs=[
                 *model_inputs("to remove the concepts from: the one that drew the dataset"),
-                Dataset.Input("dataset", tooltip="The images, from Build Ablation Dataset."),
+                Dataset.Input("dataset", tooltip="What to train on, from Build Ablation Dataset with the same preset."),
                 io.Combo.Input(
                     "objective",
                     options=[PRESET, *OBJECTIVES],
                     default=PRESET,
                     tooltip=f"{_LEFT} {described(OBJECTIVES)} reverse-kl and loss-max need a dataset whose source is "
-                    "the target.",
+                    "the target. The preset fast has model only.",
                 ),
                 io.Combo.Input(
                     "subset", options=[PRESET, *SUBSETS], default=PRESET, tooltip=f"{_LEFT} {described(SUBSETS)}"
@@ -106,7 +106,7 @@ class ConceptAblationAblate(io.ComfyNode):
         cls,
         model: ModelPatcher,
         clip: CLIP,
-        dataset: AblationDataset,
+        dataset: Data,
         objective: str,
         subset: str,
         preset: str,
@@ -123,7 +123,7 @@ class ConceptAblationAblate(io.ComfyNode):
         advice = "lower the batch, switch gradient_checkpointing on, or choose a smaller subset"
         with memory_advice(advice), opened(model, clip, vae, width=width, height=height) as denoiser:
             check_drawn_by(dataset, denoiser)
-            settings = recipe(
+            chosen = recipe(
                 preset,
                 denoiser,
                 dataset.concepts[0].kind,
@@ -132,49 +132,64 @@ class ConceptAblationAblate(io.ComfyNode):
                 seed=seed,
                 training={name: value for name, value in overrides.items() if value}
                 | {"checkpointing": gradient_checkpointing},
-            ).training
-            made = finish(denoiser, dataset, settings, train(denoiser, dataset, settings, progress))
+            )
+            made = train_on(denoiser, dataset, chosen, progress)
             if vae is not None:
-                _send_thumbnails(denoiser, dataset, made.delta, settings, progress)
+                told = dataset.settings
+                send_thumbnails(
+                    denoiser, thumbnail_prompts(dataset), made, told.sample, progress, seed=seed, batch=told.batch
+                )
         # ComfyUI keeps a node's outputs; they should not keep memory of the GPU
         delta = made.delta.map(lambda tensor: tensor.cpu())
         return io.NodeOutput(*patched(model, clip, delta), delta, png_as_image(loss_plot(made.losses)))
 
 
-def check_drawn_by(dataset: AblationDataset, denoiser: Denoiser) -> None:
+def check_drawn_by(dataset: Data, denoiser: Denoiser) -> None:
     """Raise AblationError unless `denoiser` is the model that drew the dataset."""
-    if dataset.latents.shape[1] != denoiser.latent_shape[0] or dataset.model != denoiser.fingerprint():
+    latents = dataset.x if isinstance(dataset, Harvest) else dataset.latents
+    if latents.shape[1] != denoiser.latent_shape[0] or dataset.model != denoiser.fingerprint():
         raise AblationError(
             "The dataset was drawn by another model: connect the same MODEL and CLIP to Build Ablation Dataset and to "
             "this node."
         )
 
 
-def thumbnail_prompts(dataset: AblationDataset) -> list[str]:
+def thumbnail_prompts(dataset: Data) -> list[str]:
     """Training prompts of the first target, as many as there are thumbnails; a few repeat if there are too few."""
-    ablating = [target for anchor, target in dataset.plan.rows if anchor != target]
-    distinct = list(dict.fromkeys(ablating))[:_THUMBNAILS]
-    return [dataset.plan.prompts[distinct[index % len(distinct)]] for index in range(_THUMBNAILS)]
+    return as_many([dataset.plan.prompts[target] for anchor, target in dataset.plan.rows if anchor != target])
 
 
-def _send_thumbnails(
-    denoiser: Denoiser, dataset: AblationDataset, delta: Delta, settings: TrainSettings, progress: NodeProgress
+def as_many(prompts: Sequence[str]) -> list[str]:
+    """The first of the prompts, as many as there are thumbnails; a few repeat if there are too few."""
+    distinct = list(dict.fromkeys(prompts))[:_THUMBNAILS]
+    return [distinct[index % len(distinct)] for index in range(_THUMBNAILS)]
+
+
+def send_thumbnails(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    made: Ablation,
+    sample: SampleSettings,
+    progress: NodeProgress,
+    *,
+    seed: int = 0,
+    batch: int = _THUMBNAILS,
 ) -> None:
+    """Draw the prompts before and after the edit and show them on the node; a failure is only logged."""
+    sample = replace(sample, steps=min(_THUMBNAIL_STEPS, sample.steps))
+    seeds = [(seed + index) % 2**63 for index in range(len(prompts))]
+
+    def draw(phase: str) -> np.ndarray:
+        reporter = Reporter(progress, phase, len(prompts) * sample.steps)
+        return draw_images(denoiser, prompts, seeds, sample, batch=batch, reporter=reporter)
+
     try:
-        before = _draw(denoiser, dataset, settings.seed, "Drawing before", progress)
-        with delta.attach(denoiser):
-            after = _draw(denoiser, dataset, settings.seed, "Drawing after", progress)
+        before = draw("Drawing before")
+        with made.delta.attach(denoiser):
+            after = draw("Drawing after")
         progress.send_pictures(before, after)
     except InterruptProcessingException:
         raise
     except Exception:
-        # the training is worth more than its thumbnails
+        # the edit is worth more than its thumbnails
         logging.warning("Concept Ablation: no thumbnails", exc_info=True)
-
-
-def _draw(denoiser: Denoiser, dataset: AblationDataset, seed: int, phase: str, progress: NodeProgress) -> np.ndarray:
-    prompts = thumbnail_prompts(dataset)
-    sample = replace(dataset.settings.sample, steps=min(_THUMBNAIL_STEPS, dataset.settings.sample.steps))
-    reporter = Reporter(progress, phase, len(prompts) * sample.steps)
-    seeds = [(seed + index) % 2**63 for index in range(len(prompts))]
-    return draw_images(denoiser, prompts, seeds, sample, batch=dataset.settings.batch, reporter=reporter)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import folder_paths
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.ablation import Task, check_tasks, screen_of
-from ..core.dataset import AblationDataset, DatasetSettings, build, make_plan
+from ..core.ablation import Data, Task, check_screen, check_tasks, neighbours_of, screen_of
+from ..core.dataset import DatasetSettings, build, make_plan
 from ..core.errors import AblationError
+from ..core.harvest import Harvest, HarvestSettings, harvest
 from ..core.hosts.comfyui import opened
 from ..core.presets import recipe
 from ..core.samplers import SAMPLERS
@@ -25,13 +26,24 @@ from ..core.screening import Screen
 from . import instruments
 from .images import as_image, as_picture, grid
 from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
-from .types import CATEGORY, PRESET, Concepts, Dataset, model_inputs, preset_input, seed_input, size_inputs
+from .types import (
+    CATEGORY,
+    PRESET,
+    Concepts,
+    Dataset,
+    auto_preserve_input,
+    model_inputs,
+    preset_input,
+    seed_input,
+    size_inputs,
+)
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
 
     from ..core.denoiser import Denoiser
+    from ..core.progress import ProgressCallback
 
 _PREVIEWED = 16
 _PIXELS_PER_LATENT = 8
@@ -45,8 +57,8 @@ class ConceptAblationBuildDataset(io.ComfyNode):
             display_name="Build Ablation Dataset",
             category=CATEGORY,
             description=(
-                "Draws the images to train on with the model itself. They are kept as latents; a run that was "
-                "interrupted goes on where it was."
+                "Draws the images to train on with the model itself, or with the preset fast keeps what the model "
+                "predicts while it samples a few. A run that was interrupted goes on where it was."
             ),
             inputs=[
                 *model_inputs("that draws the images, and that the concepts will be removed from"),
@@ -57,14 +69,14 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     options=["anchor", "target"],
                     default="anchor",
                     tooltip="Which prompts the images are drawn from: anchor for the objectives model, model-self and "
-                    "noise; target for reverse-kl and loss-max.",
+                    "noise; target for reverse-kl and loss-max, which the preset fast does not have.",
                 ),
                 io.Int.Input(
                     "images",
                     default=0,
                     min=0,
                     max=100000,
-                    tooltip="Images for each concept; 0 is the preset's.",
+                    tooltip="Images for each concept (with the preset fast: samplings); 0 is the preset's.",
                 ),
                 io.Int.Input(
                     "preserve",
@@ -106,6 +118,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     tooltip="Keep the dataset in output/concept_ablation/datasets, so that an interrupted build goes "
                     "on and a finished one is not drawn again. Delete the folder to free the space.",
                 ),
+                auto_preserve_input(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -139,6 +152,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         images_at_once: int,
         seed: int,
         keep_on_disk: bool,
+        auto_preserve: int = -1,
         vae: VAE | None = None,
         original: Tensor | None = None,
         copy_detector: str = "",
@@ -149,31 +163,35 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
-            base = recipe(preset, denoiser, concepts[0].concept.kind, seed=seed).dataset
-            settings = replace(
-                base,
-                source=source,
-                images=images or base.images,
-                preserve=base.preserve if preserve < 0 else preserve,
-                batch=images_at_once or base.batch,
-                sample=replace(
-                    base.sample,
-                    steps=steps or base.sample.steps,
-                    guidance=cfg or base.sample.guidance,
-                    sampler=base.sample.sampler if sampler == PRESET else sampler,
-                ),
+            kind = concepts[0].concept.kind
+            base = recipe(preset, denoiser, kind)
+            sizes = {"images": images or None, "preserve": None if preserve < 0 else preserve}
+            sample = replace(
+                base.sample,
+                steps=steps or base.sample.steps,
+                guidance=cfg or base.sample.guidance,
+                sampler=base.sample.sampler if sampler == PRESET else sampler,
+            )
+            made = recipe(
+                preset,
+                denoiser,
+                kind,
+                seed=seed,
+                dataset={name: value for name, value in sizes.items() if value is not None}
+                | {"sample": sample, **({"batch": images_at_once} if images_at_once else {})},
+                auto_preserve=None if auto_preserve < 0 else auto_preserve,
             )
             screen = screen_of(instruments.load(concepts, original, copy_detector, device=denoiser.device))
-            data = build(
-                denoiser,
-                [task.concept for task in concepts],
-                settings,
-                surrounding=[task.surrounding for task in concepts],
-                directory=_directory(denoiser, concepts, settings, screen) if keep_on_disk else None,
-                screen=screen,
-                on_progress=progress,
-            )
-            latents = data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+            check_screen(made, screen)
+            settings = _of_source(made.dataset or made.harvest, source)
+            chosen = neighbours_of(denoiser, concepts, made)
+            tasks = [
+                replace(task, surrounding=(*task.surrounding, *names))
+                for task, names in zip(concepts, chosen, strict=True)
+            ]
+            directory = _directory(denoiser, tasks, settings, screen) if keep_on_disk else None
+            data = _data(denoiser, tasks, settings, directory, screen, progress)
+            latents = previewed(data)
             preview = _rough(model, latents) if vae is None else _decoded(denoiser, latents)
             progress.show(grid([as_picture(image) for image in preview]))
         return io.NodeOutput(data, preview)
@@ -186,12 +204,35 @@ def evenly(rows: Sequence[int], count: int) -> list[int]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings, screen: Screen | None = None) -> str:
+def previewed(data: Data) -> Tensor:
+    """Latents of a few images of the anchors [N, C, h, w]; of harvested rows, what the model made of the last ones."""
+    if isinstance(data, Harvest):
+        last = torch.arange(len(data.settings.kept) - 1, len(data.x), len(data.settings.kept))
+        rows = last[evenly(data.preserving[last].logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+        return data.x[rows] - data.sigma[rows].view(-1, 1, 1, 1) * data.prediction[rows].float()
+    return data.latents[evenly(data.preserving.logical_not().nonzero().flatten().tolist(), _PREVIEWED)]
+
+
+def _of_source(settings: DatasetSettings | HarvestSettings, source: str) -> DatasetSettings | HarvestSettings:
+    if isinstance(settings, DatasetSettings):
+        return replace(settings, source=source)
+    if source != "anchor":
+        raise AblationError("The preset fast keeps predictions for anchor prompts: set source to anchor.")
+    return settings
+
+
+def identity(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    settings: DatasetSettings | HarvestSettings,
+    screen: Screen | None = None,
+) -> str:
     """A name for a dataset that any change of the model, the concepts, the image size, the settings or the memorized
     images changes.
     """
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
-    plan = make_plan(concepts, surrounding, denoiser.prompt_source, settings)
+    sizes = settings.sizes if isinstance(settings, HarvestSettings) else settings
+    plan = make_plan(concepts, surrounding, denoiser.prompt_source, sizes)
     described = {
         "model": denoiser.fingerprint(),
         "latent_shape": denoiser.latent_shape,
@@ -199,19 +240,37 @@ def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSetting
         "plan": asdict(plan),
         "settings": asdict(settings),
         **({} if screen is None else {"screen": screen.described}),
+        **({"surrounding": surrounding} if isinstance(settings, HarvestSettings) else {}),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def size_of(data: AblationDataset) -> tuple[int, int]:
+def size_of(data: Data) -> tuple[int, int]:
     """Width and height of a dataset's images, in pixels."""
-    height, width = data.latents.shape[2:]
+    height, width = (data.x if isinstance(data, Harvest) else data.latents).shape[2:]
     return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
 
 
-def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings, screen: Screen | None) -> Path:
+def _directory(
+    denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings, screen: Screen | None
+) -> Path:
     root = Path(folder_paths.get_output_directory()) / "concept_ablation" / "datasets"
     return root / identity(denoiser, tasks, settings, screen)
+
+
+def _data(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    settings: DatasetSettings | HarvestSettings,
+    directory: Path | None,
+    screen: Screen | None,
+    on_progress: ProgressCallback,
+) -> Data:
+    concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
+    kept: dict[str, Any] = {"surrounding": surrounding, "directory": directory, "on_progress": on_progress}
+    if isinstance(settings, HarvestSettings):
+        return harvest(denoiser, concepts, settings, **kept)
+    return build(denoiser, concepts, settings, screen=screen, **kept)
 
 
 @torch.no_grad()

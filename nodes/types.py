@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
-from ..core.presets import PRESETS
+from ..core.presets import PRESETS, TRAINED
 
 CATEGORY = "concept ablation"
 PRESET = "preset"
@@ -17,7 +17,7 @@ MAX_SEED = 2**53 - 1
 Concepts = io.Custom("CONCEPT")
 """tuple[core.ablation.Task, ...]"""
 Dataset = io.Custom("ABLATION_DATASET")
-"""core.dataset.AblationDataset"""
+"""core.dataset.AblationDataset or core.harvest.Harvest"""
 AblationDelta = io.Custom("ABLATION_DELTA")
 """core.delta.Delta"""
 
@@ -31,12 +31,26 @@ def model_inputs(use: str) -> list[io.Input]:
 
 
 def preset_input() -> io.Input:
-    """The preset that fills in what other inputs leave open."""
+    """The preset that fills in what other inputs leave open; those that need no dataset have a node of their own."""
     return io.Combo.Input(
         "preset",
-        options=list(PRESETS),
+        options=list(TRAINED),
         default="balanced",
-        tooltip=f"Where every value that is left at 0 comes from. {described(PRESETS)}",
+        tooltip="Where every value that is left at 0 comes from: the same for the dataset as for the training. "
+        f"{described({name: PRESETS[name] for name in TRAINED})}",
+    )
+
+
+def auto_preserve_input() -> io.Input:
+    """How many neighbours are chosen automatically."""
+    return io.Int.Input(
+        "auto_preserve",
+        default=-1,
+        min=-1,
+        max=1000,
+        optional=True,
+        tooltip="Preserve this many more concepts for each target: of those that the model knows, the nearest for "
+        "the text encoder. 0 is none, -1 is the preset's.",
     )
 
 

@@ -87,12 +87,17 @@ def deltas(emoji, tmp_path_factory):
         ([*PAIR, "--target", "cat"], "2 targets and 1 anchors"),
         ([*PAIR, "--kind", "animal"], "'animal'"),
         ([*PAIR, "--preset", "best"], "preset 'best'.*balanced, paper"),
+        ([*PAIR, "--preset", "instant"], "no steps and no batch and no images"),
+        ([*PAIR, "--preset", "fast", "--objective", "noise"], "objective 'model' only"),
+        ([*PAIR, "--auto-preserve", "3"], "preserves nothing"),
+        ([*PAIR, "--profile", "trace.txt"], "trace.txt must end in .json"),
         ([*PAIR, "--objective", "magic"], "objective 'magic'"),
         ([*PAIR, "--subset", "brain"], "subset 'brain'.*cross-attn, attn, embedding, full"),
         ([*PAIR, "--learning-rate", "nan"], "learning rate must be a positive number"),
         ([*PAIR, "--learning-rate", "-1"], "learning rate must be a positive number"),
         ([*PAIR, "--steps", "0"], "at least one step"),
         ([*PAIR, "--batch", "0"], "batch"),
+        ([*PAIR, "--rank", "4", "--subset", "full"], "'full' has other layers"),
         ([*PAIR, "--images", "0"], "at least one image"),
         ([*PAIR, "--eval-prompts", "0"], "at least one prompt"),
         ([*PAIR, "--eval-prompts", "11"], "only 10 evaluation prompts"),
@@ -284,7 +289,8 @@ def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     files = {"delta.safetensors", "report.json", "report.html", "before_after.png", "loss.png", "dataset"}
     assert listing(made) == files | {"dataset/manifest.json", "dataset/shard-00000.safetensors"}
     summary = check_summary(made, made / "delta.safetensors", ["shark"])
-    assert {"dataset", "training", "draw before", "draw after", "judge"} <= summary["seconds"].keys()
+    assert {"encode", "draw", "train", "draw before", "draw after", "judge"} <= summary["seconds"].keys()
+    assert [phase["name"] for phase in summary["phases"]] == ["encode", "draw", "train"]
     assert summary["settings"]["training"]["steps"] == 2 and summary["settings"]["dataset"]["images"] == 1
     assert summary["settings"]["training"]["seed"] == summary["settings"]["dataset"]["seed"] == 3
     assert "tropical fish" in (made / "report.html").read_text("utf-8")
@@ -301,6 +307,27 @@ def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     assert listing(measured) == {"report.json", "report.html", "before_after.png"}
     again = check_summary(measured, made / "delta.safetensors", ["shark"])
     assert again["concepts"] == summary["concepts"], "the file is the delta that was measured when it was made"
+
+
+def test_instant_and_fast_from_end_to_end(run, tmp_path, emoji):
+    common = [*PAIR, "--surrounding", "shark", "--auto-preserve", "3", *ONE]
+    code, out, err = run("ablate", *common, "--preset", "instant", "--output", "instant")
+    assert code == 0 and "error" not in err and "Report:" in out
+    made = tmp_path / "instant"
+    assert listing(made) == {"delta.safetensors", "report.json", "report.html", "before_after.png"}
+    summary = check_summary(made, made / "delta.safetensors", ["shark"])
+    assert [phase["name"] for phase in summary["phases"]] == ["encode", "closed form"]
+    assert len(summary["settings"]["auto_preserved"]["tropical fish"]) == 3
+    assert 0 < delta_file.load(made / "delta.safetensors").norm() < float("inf")
+
+    small = ["--images", "1", "--steps", "3", "--batch", "1", "--subset", "cross-attn-up", "--profile", "trace.json"]
+    code, out, _ = run("ablate", *common, *small, "--preset", "fast", "--output", "fast")
+    made = tmp_path / "fast"
+    assert code == 0 and {"loss.png", "dataset/manifest.json"} <= listing(made)
+    summary = check_summary(made, made / "delta.safetensors", ["shark"])
+    assert [phase["name"] for phase in summary["phases"]] == ["encode", "closed form", "harvest", "train"]
+    assert delta_file.load(made / "delta.safetensors").layers.keys() == select("cross-attn-up", emoji).keys()
+    assert json.loads((tmp_path / "trace.json").read_text("utf-8"))["traceEvents"]
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from concept_ablation.core.closed_form import ClosedFormSettings
+from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.presets import recipe
+from concept_ablation.core.harvest import HarvestSettings
+from concept_ablation.core.presets import PRESETS, Recipe, recipe
+from concept_ablation.core.trainer import TrainSettings
 
 
 def test_paper_preset_has_the_published_settings(tiny):
@@ -55,3 +59,66 @@ def test_unknown_names_are_refused(tiny):
         recipe("fastest", tiny)
     with pytest.raises(AblationError, match="objective"):
         recipe("balanced", tiny, objective="magic")
+
+
+def test_what_each_preset_consists_of(tiny):
+    parts = {
+        name: {part for part in ("dataset", "harvest", "training", "closed_form") if getattr(made, part) is not None}
+        for name in PRESETS
+        for made in [recipe(name, tiny)]
+    }
+    assert parts == {
+        "instant": {"closed_form"},
+        "fast": {"harvest", "training", "closed_form"},
+        "balanced": {"dataset", "training"},
+        "paper": {"dataset", "training"},
+    }
+    assert recipe("instant", tiny).subset == recipe("fast", tiny).subset == "cross-attn"
+    assert recipe("instant", tiny).sample is None and recipe("fast", tiny).sample.steps == 10
+    assert [recipe(name, tiny).auto_preserve > 0 for name in PRESETS] == [True, True, False, False]
+
+
+def test_fast_takes_the_same_options_as_a_preset_that_draws(tiny):
+    tiny.learning_rate_scale = 100.0
+    made = recipe("fast", tiny, seed=5, training={"steps": 3, "batch": 2}, dataset={"images": 4}, auto_preserve=1)
+    assert (made.harvest.seed, made.harvest.trajectories, made.training.seed, made.training.steps) == (5, 4, 5, 3)
+    assert (made.training.batch, made.training.preserve_batch, made.auto_preserve) == (2, 2, 1)
+    assert made.training.learning_rate == pytest.approx(2e-3)
+    up = recipe("fast", tiny, subset="cross-attn-up")
+    assert up.subset == up.closed_form.subset == "cross-attn-up"
+    assert recipe("instant", tiny, subset="cross-attn-up").subset == "cross-attn-up"
+    assert recipe("fast", tiny, subset="full").closed_form.subset == "cross-attn"
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("instant", {"training": {"steps": 3, "learning_rate": 1.0}}, "no steps and no learning rate"),
+        ("instant", {"dataset": {"images": 3}}, "no images"),
+        ("instant", {"objective": "model"}, "no objective"),
+        ("instant", {"subset": "full"}, "not the subset 'full'"),
+        ("fast", {"objective": "noise"}, "serve the objective 'model' only"),
+        ("fast", {"subset": "embedding"}, "the subset 'embedding' does not train"),
+        ("fast", {"dataset": {"images": 0}}, "at least one trajectory"),
+        ("paper", {"auto_preserve": 3}, "preserves nothing"),
+        ("fast", {"auto_preserve": -1}, "at least 0"),
+    ],
+)
+def test_what_a_preset_does_not_do_is_refused(tiny, preset, options, message):
+    with pytest.raises(AblationError, match=message):
+        recipe(preset, tiny, **options)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"training": TrainSettings()},
+        {"dataset": DatasetSettings()},
+        {"dataset": DatasetSettings(), "harvest": HarvestSettings(), "training": TrainSettings()},
+        {"closed_form": ClosedFormSettings(), "harvest": HarvestSettings()},
+    ],
+)
+def test_parts_that_do_not_make_a_recipe(parts):
+    with pytest.raises(AblationError):
+        Recipe(**parts)

@@ -17,6 +17,7 @@ from PIL import Image
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.evaluation import ClipMetrics, ConceptResult, Evaluation, Role
+from concept_ablation.core.phases import Phase
 from concept_ablation.core.report import DeltaInfo, ReportInputs, before_after_grid, delta_info, loss_plot, write_report
 
 FILES = ["before_after.png", "loss.png", "report.html", "report.json"]
@@ -61,6 +62,7 @@ def inputs(*results: ConceptResult, concepts: tuple[Concept, ...] = (Concept("ti
         seconds={"training": 150.0},
         settings={"learning_rate": 1e-4, "worst": float("nan"), "folder": Path("somewhere"), "rows": np.int64(3)},
         model="Emoji Diffusion",
+        phases=(Phase("training", 150.0, 3200, 1600),),
     )
 
 
@@ -131,6 +133,7 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
             ]
         ],
         "seconds": {"evaluation": 2.0, "training": 150.0},
+        "phases": [{"name": "training", "seconds": 150.0, "forward": 3200, "backward": 1600}],
         "delta": {"file": "tiger.safetensors", "bytes": 12, "sha256": "ab" * 32},
         "settings": {
             "learning_rate": 1e-4,

@@ -17,6 +17,12 @@ def test_cross_attention_takes_keys_and_values_of_every_block(emoji):
     assert names == expected and len(names) == 14
 
 
+def test_the_truncated_subset_is_cross_attention_without_the_way_down(emoji):
+    names, up = set(select("cross-attn", emoji)), set(select("cross-attn-up", emoji))
+    assert names - up == {name for name in names if name.startswith("lora_unet_down_blocks_")} != set()
+    assert {name.split("_")[2] for name in up} == {"mid", "up"}
+
+
 def test_attn_takes_all_projections_of_all_attention_layers(emoji):
     names = set(select("attn", emoji))
     assert names > set(select("cross-attn", emoji))

@@ -63,6 +63,12 @@ def deltas(tmp_path):
         ({"sampling": "0"}, "sampling", "at least 1, not 0"),
         ({"eval_prompts": "0"}, "eval_prompts", "at least one prompt"),
         ({"seed": "-1"}, "seed", "from 0"),
+        ({"neighbours": "-1"}, "neighbours", "at least 0"),
+        ({"neighbours": "3", "preset": "paper"}, "neighbours", "preserves nothing"),
+        ({"steps": "3", "preset": "instant"}, "steps", "no steps"),
+        ({"preserve": "3", "preset": "instant"}, "preserve", "no preserve"),
+        ({"subset": "attn", "preset": "instant"}, "subset", "not the subset 'attn'"),
+        ({"objective": "noise", "preset": "fast"}, "objective", "objective 'model' only"),
         ({"prompts": "a picture of a dog"}, "prompts", "lacks the anchor"),
         ({"prompts": "a fish " * 20_000}, "prompts", "use at most 1,000"),
         ({"model": ""}, "model", "No model"),
@@ -147,6 +153,8 @@ def test_a_models_folder_says_what_its_concepts_are(tmp_path):
 
 def test_the_hints_are_the_presets_own_values():
     assert preset_values("balanced", "instance")["steps"] == "100"
+    assert preset_values("instant", "instance")["steps"] == "none"
+    assert preset_values("fast", "style")["images"] == "12"
     assert preset_values("paper", "memorized") | {"steps": "800", "images": "1000"} == preset_values(
         "paper", "memorized"
     )

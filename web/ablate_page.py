@@ -12,11 +12,11 @@ from ..core.concept import Kind
 from ..core.errors import AblationError
 from ..core.presets import PRESETS
 from ..core.subsets import SUBSETS
-from ..core.trainer import OBJECTIVES
+from ..core.trainer import OBJECTIVES, PHASE
 from . import evidence_fields, views
-from .ablating import STAGES, AblationResult, ablation
+from .ablating import AblationResult, ablation
 from .compat import in_turn, private
-from .form import FIELDS, PRESET, Form, check, preset_values, suggest_anchor
+from .form import FIELDS, HINTED, PRESET, Form, check, preset_values, suggest_anchor
 from .host import Host
 from .jobs import Job, Runner
 from .library import export_lora
@@ -31,8 +31,6 @@ _SHOW_JS = """() => {
 _START, _QUEUE = "Ablate", "Add to the queue"
 _LATE_FIELDS = ("model", "subset", "eval_prompts")
 """Fields whose errors can be found only when the model is there."""
-_HINTED = ("steps", "batch", "images", "preserve", "sampling")
-"""Fields that show the preset's value while they are empty."""
 
 
 class AblatePage:
@@ -135,6 +133,7 @@ class AblatePage:
             number("images", "Of the anchor")
             number("preserve", "Of the neighbours")
             number("sampling", "Sampling steps")
+            number("neighbours", "Neighbours to choose")
         self._field(
             "prompts",
             gr.Textbox(
@@ -210,7 +209,7 @@ class AblatePage:
         worded = [f["target"], f["anchor"], f["captions"], f["original"]]
         f["kind"].change(self._words, f["kind"], worded, **quiet)
         f["kind"].input(self._suggest_again, suggestion, f["anchor"], **quiet)
-        hinted = [f["preset"], *(f[name] for name in _HINTED)]
+        hinted = [f["preset"], *(f[name] for name in HINTED)]
         for name in ("kind", "preset"):
             f[name].change(self._hints, [f["preset"], f["kind"]], hinted, **quiet)
         self._chosen.input(self._show_chosen, [self._session, self._chosen], self._result_outputs, **quiet)
@@ -253,7 +252,7 @@ class AblatePage:
             nothing = [views.idle(), "", "", gr.update(value=_START), _hidden(), gr.update(active=False), (0, 0)]
             return nothing, late, results
         places = {id(job): self._runner.place(job) for job in jobs}
-        training = current.stages.get(STAGES[1])
+        training = current.stages.get(PHASE)
         done = [job for job in jobs if job.state == "done"]
         result_id = done[-1].id if done else 0
         ended = 0 if current.active else current.id
@@ -364,7 +363,7 @@ class AblatePage:
     @staticmethod
     def _hints(preset: str, kind: str) -> list[Any]:
         values = preset_values(preset, kind)
-        return [gr.update(info=_about(preset)), *(gr.update(placeholder=values[name]) for name in _HINTED)]
+        return [gr.update(info=_about(preset)), *(gr.update(placeholder=values[name]) for name in HINTED)]
 
 
 def _hidden() -> Any:

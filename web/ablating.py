@@ -27,13 +27,22 @@ from ..core.report import write_report
 from ..core.samplers import SampleSettings
 from ..core.screening import Screen
 from ..core.subsets import select
+from ..core.trainer import PHASE
 from .form import Request
 from .host import Host
 from .jobs import FieldError, Job
 from .library import name_for, safe_name, save_new
 
-STAGES = ("Drawing the dataset", "Training", "Drawing before", "Drawing after")
-"""The phases of an ablation, as core reports them."""
+STAGES = (
+    "Encoding prompts",
+    "Solving the closed form",
+    "Harvesting",
+    "Drawing the dataset",
+    PHASE,
+    "Drawing before",
+    "Drawing after",
+)
+"""The phases that an ablation may have, as core reports them."""
 PREVIEW_SHARE = 0.05
 """At most this share of a job's time goes into showing what it draws."""
 LARGEST_ON_CPU = 32 * 32
@@ -79,6 +88,7 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
         with ExitStack() as stack:
             denoiser, judge = _load(host, request.model, stack)
             made_by = _recipe(request, denoiser)
+            job.expected = stages_of(made_by)
             instruments = _instruments(request, denoiser)
             task = request.task
             concepts, surrounding = [task.concept], [task.surrounding]
@@ -107,6 +117,17 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
     return work
 
 
+def stages_of(made_by: Recipe) -> tuple[str, ...]:
+    """Those of `STAGES` that a recipe goes through."""
+    left_out = {
+        STAGES[1]: made_by.closed_form is None,
+        STAGES[2]: made_by.harvest is None,
+        STAGES[3]: made_by.dataset is None,
+        STAGES[4]: made_by.training is None,
+    }
+    return tuple(stage for stage in STAGES if not left_out.get(stage))
+
+
 def drawing(
     host: Host, model: str, prompt: str, seed: int, count: int, settings: SampleSettings
 ) -> Callable[[Job], Pictures]:
@@ -131,9 +152,9 @@ def _load(host: Host, model: str, stack: ExitStack) -> tuple[Denoiser, Judge]:
 
 def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
     dataset = dict(request.dataset)
-    if request.sampling is not None:
-        drawn = recipe(request.preset, denoiser, request.task.concept.kind).dataset.sample
-        dataset["sample"] = SampleSettings(**{**asdict(drawn), "steps": request.sampling})
+    drawn = recipe(request.preset, denoiser, request.task.concept.kind).sample
+    if request.sampling is not None and drawn is not None:
+        dataset["sample"] = replace(drawn, steps=request.sampling)
     made = recipe(
         request.preset,
         denoiser,
@@ -143,9 +164,10 @@ def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
         seed=request.seed,
         training=dict(request.training),
         dataset=dataset,
+        auto_preserve=request.auto_preserve,
     )
     try:
-        select(made.training.subset, denoiser)
+        select(made.subset, denoiser)
     except AblationError as error:
         raise FieldError("subset", str(error)) from error
     return made

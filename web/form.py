@@ -20,7 +20,7 @@ from ..core.dataset import DatasetSettings
 from ..core.errors import AblationError
 from ..core.evaluation import EvaluationSettings
 from ..core.instruments import read_picture
-from ..core.presets import PRESETS, Recipe, recipe
+from ..core.presets import PRESETS, Recipe, check_serves, recipe
 from ..core.prompts import collapse
 from ..core.samplers import SampleSettings
 from ..core.subsets import SUBSETS
@@ -32,6 +32,10 @@ MAX_SEED = 2**63 - 1
 MAX_LINES = 1000
 TO_BE_FOUND = "paraphrases of it"
 """What the anchor of a memorized picture is called until it is found."""
+_TRAINING = {"steps": "steps", "rate": "learning_rate", "batch": "batch"}
+"""Fields of the form by those of `TrainSettings`."""
+HINTED = ("steps", "batch", "images", "preserve", "sampling", "neighbours")
+"""Fields that show the preset's value while they are empty."""
 _NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 
@@ -46,6 +50,8 @@ class Form:
     preset: str = "balanced"
     surrounding: str = ""
     """Names, by commas or lines."""
+    neighbours: str = ""
+    """How many more to preserve, chosen automatically."""
     name: str = ""
     objective: str = PRESET
     subset: str = PRESET
@@ -93,6 +99,7 @@ class Request:
     """The memorized picture, uint8 [height, width, 3]."""
     find_anchors: bool = False
     """Whether what is drawn instead is still to be found among paraphrases; the task's anchor only says so."""
+    auto_preserve: int | None = None
 
 
 class _Checker:
@@ -162,8 +169,10 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
             "misspellings", int, "The number of prompts", lambda value: EvaluationSettings(misspellings=value)
         ),
     }
+    neighbours = checker.number("neighbours", int, "The number of neighbours", _check_neighbours)
     seed = checker.number("seed", int, "The seed", _check_seed)
     _choices(checker)
+    _combinations(checker, training, dataset, neighbours)
     if not str(form.model).strip():
         checker.errors["model"] = "No model is chosen: choose one, or type a folder, a file or a hub id."
     if task is None or checker.errors:
@@ -185,6 +194,7 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         sampling=sampling,
         original=original,
         find_anchors=searched,
+        auto_preserve=neighbours,
     )
     return request, {}
 
@@ -213,17 +223,25 @@ def suggest_anchor(target: str, kind: str, style_anchor: str, categories: Mappin
 
 
 def preset_values(preset: str, kind: str) -> dict[str, str]:
-    """What a preset sets, by field, as hints for the empty ones."""
-    # a learning rate is the model's own affair, everything else is the same for all models
-    made: Recipe = recipe(preset, SimpleNamespace(learning_rate_scale=1.0), kind)  # type: ignore[arg-type]
+    """What a preset sets, by field, as hints for the empty ones; those of a preset that does not serve the kind are
+    empty, and `check` says why.
+    """
+    try:
+        made = _recipe(preset, kind)
+    except AblationError:
+        return dict.fromkeys(HINTED, "")
+    hints = {"neighbours": str(made.auto_preserve), "sampling": f"{SampleSettings().steps} to measure"}
+    if made.training is None:
+        return {**hints, **dict.fromkeys(("steps", "batch", "images", "preserve"), "none")}
+    count = made.dataset.images if made.harvest is None else made.harvest.trajectories
+    drawn = made.dataset or made.harvest
     return {
+        **hints,
         "steps": str(made.training.steps),
         "batch": str(made.training.batch),
-        "images": str(made.dataset.images),
-        "preserve": str(made.dataset.preserve),
-        "sampling": f"{made.dataset.sample.steps}, and {SampleSettings().steps} to measure",
-        "objective": made.training.objective,
-        "subset": made.training.subset,
+        "images": str(count),
+        "preserve": str(drawn.preserve),
+        "sampling": f"{drawn.sample.steps}, and {hints['sampling']}",
     }
 
 
@@ -272,6 +290,38 @@ def _choices(checker: _Checker) -> None:
         checker.run("objective", lambda: TrainSettings(objective=form.objective))
     if form.subset not in (PRESET, *SUBSETS):
         checker.errors["subset"] = f"There is no subset '{str(form.subset)[:40]}': choose {', '.join(SUBSETS)}."
+
+
+def _combinations(
+    checker: _Checker, training: Mapping[str, Any], dataset: Mapping[str, Any], neighbours: int | None
+) -> None:
+    """Say at its field what the preset has no use for."""
+    form = checker.form
+    if "preset" in checker.errors:
+        return
+    checker.run("preset", lambda: check_serves(form.preset, form.kind))
+    if "preset" in checker.errors:
+        return
+    changes: dict[str, dict[str, Any]] = {
+        **{name: {"training": {key: training[key]}} for name, key in _TRAINING.items() if training[key] is not None},
+        **{name: {"dataset": {name: value}} for name, value in dataset.items() if value is not None},
+        "objective": {} if form.objective == PRESET else {"objective": form.objective},
+        "subset": {} if form.subset == PRESET else {"subset": form.subset},
+        "neighbours": {} if neighbours is None else {"auto_preserve": neighbours},
+    }
+    for name, change in changes.items():
+        if change and name not in checker.errors:
+            checker.run(name, lambda change=change: _recipe(form.preset, form.kind, **change))
+
+
+def _recipe(preset: str, kind: str, **changes: Any) -> Recipe:
+    # a learning rate is the model's own affair, everything else is the same for all models
+    return recipe(preset, SimpleNamespace(learning_rate_scale=1.0), kind, **changes)  # type: ignore[arg-type]
+
+
+def _check_neighbours(value: int) -> None:
+    if value < 0:
+        raise AblationError("The number of neighbours must be at least 0.")
 
 
 def _check_seed(value: int) -> None:

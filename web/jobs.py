@@ -48,6 +48,8 @@ class Job:
     state: State = "waiting"
     stages: dict[str, Progress] = field(default_factory=dict)
     """The last progress of every phase so far, in the order in which they began."""
+    expected: tuple[str, ...] = ()
+    """The phases that it will go through, as soon as that is known."""
     losses: list[float] = field(default_factory=list)
     result: Any = field(default=None, repr=False)
     message: str = ""

@@ -36,12 +36,21 @@ _ROLES = {
     "misspelled": "removed, misspelled",
     "composed": "in a composition",
 }
-_STAGE_WORDS = {
-    STAGES[0]: "Draw the training pictures",
-    STAGES[1]: "Train the delta",
-    STAGES[2]: "Draw before",
-    STAGES[3]: "Draw after",
-}
+_STAGE_WORDS = dict(
+    zip(
+        STAGES,
+        (
+            "Read the prompts",
+            "Solve the closed form",
+            "Sample and keep predictions",
+            "Draw the training pictures",
+            "Train the delta",
+            "Draw before",
+            "Draw after",
+        ),
+        strict=True,
+    )
+)
 
 
 def style() -> str:
@@ -270,7 +279,7 @@ def _left(progress: Progress) -> str:
 
 def _stages(job: Job) -> str:
     bars = ""
-    for phase in STAGES:
+    for phase in job.expected or STAGES:
         progress = job.stages.get(phase)
         share = 0 if progress is None else 100 * progress.step / max(1, progress.total)
         count = "" if progress is None else f"{progress.step} / {progress.total}"
@@ -327,7 +336,7 @@ def _smooth(losses: Sequence[float]) -> list[float]:
 
 
 def _training_words(item: Saved) -> str:
-    steps = item.field("steps")
-    return (
-        f"{steps} steps, {item.field('objective')}, {item.field('subset')}, seed {item.field('seed')}" if steps else ""
-    )
+    steps, start = item.field("steps"), "closed form, " if item.field("start") else ""
+    if steps in ("", "0"):
+        return f"nothing: closed form, {item.field('subset')}" if steps else ""
+    return f"{start}{steps} steps, {item.field('objective')}, {item.field('subset')}, seed {item.field('seed')}"

@@ -21,6 +21,7 @@ from ..delta import Delta
 from ..delta_file import to_tensors
 from ..denoiser import Conditioning
 from ..prompts import BUILT_IN, PromptSource
+from ..vocabulary import COMMON, Vocabulary
 from .comfy_names import architecture_of, text_layers, unet_layers
 from .ldm_patcher import (
     BATCH,
@@ -56,6 +57,7 @@ class Hints:
     learning_rate_scale: float
     size: int
     """Native edge of its images, in pixels."""
+    vocabulary: Vocabulary = COMMON
 
 
 class ComfyDenoiser(PatcherDenoiser):
@@ -79,6 +81,7 @@ class ComfyDenoiser(PatcherDenoiser):
         self.sigmas = inner.model_sampling.sigmas.detach().float().cpu().clone()
         self.latent_shape = (inner.latent_format.latent_channels, *latent_size)
         self.prompt_source = hints.prompt_source if hints else BUILT_IN
+        self.vocabulary = hints.vocabulary if hints else COMMON
         self.device = model.load_device
         self.learning_rate_scale = hints.learning_rate_scale if hints else 1.0
         compute = inner.manual_cast_dtype or inner.get_dtype()

@@ -25,8 +25,9 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..prompts import BUILT_IN, PromptSource, load_prompt_source
+from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
+from ..vocabulary import COMMON, Vocabulary
 from .single_file import fit_text_names, read_single_file
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji_diffusion"
@@ -193,6 +194,7 @@ def load_denoiser(
     denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
     hints = load_hints(path)
     denoiser.prompt_source, denoiser.learning_rate_scale = hints.prompt_source, hints.learning_rate_scale
+    denoiser.vocabulary = hints.vocabulary
     return denoiser
 
 
@@ -218,6 +220,15 @@ class ModelHints:
     """What its pictures mostly are: the natural anchor of a style."""
     categories: Mapping[str, str] = field(default_factory=dict)
     """What a concept is one of ("rooster": "bird"): the natural anchor of an instance."""
+    styles: tuple[str, ...] = ()
+    """Styles that it knows."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The concepts that the model knows; where its folder names none, those that most models know."""
+        if not (self.categories or self.styles):
+            return COMMON
+        return Vocabulary(distinct((*self.categories, *self.categories.values())), self.styles)
 
 
 def load_hints(path: Path) -> ModelHints:
@@ -244,7 +255,8 @@ def _read_hints(path: Path, source: PromptSource) -> ModelHints:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         categories = {str(name): str(category) for name, category in said.get("categories", {}).items()}
-        return ModelHints(source, float(said["learning_rate_scale"]), str(said.get("medium", "painting")), categories)
+        medium, styles = str(said.get("medium", "painting")), tuple(map(str, said.get("styles", ())))
+        return ModelHints(source, float(said["learning_rate_scale"]), medium, categories, styles)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AblationError(f"{path} is damaged: get the model again, or delete that file.") from error
 

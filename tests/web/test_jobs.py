@@ -16,7 +16,7 @@ from concept_ablation.core.metrics import Judge
 from concept_ablation.core.progress import Progress
 from concept_ablation.tests.web.tiny import HOSTILE, TINY, TinyHost
 from concept_ablation.web import library, views
-from concept_ablation.web.ablating import STAGES, Pictures, ablation, drawing
+from concept_ablation.web.ablating import Pictures, ablation, drawing
 from concept_ablation.web.form import check
 from concept_ablation.web.jobs import MAX_WAITING, OUT_OF_MEMORY, Job, Runner
 from concept_ablation.web.standalone import EMBEDDED, StandaloneHost
@@ -139,7 +139,7 @@ def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny)
     request, _ = check(TINY)
     job = ended(Runner(), ablation(host, request))
     assert (job.state, job.message) == ("done", "")
-    assert tuple(job.stages) == STAGES and all(part.step == part.total for part in job.stages.values())
+    assert tuple(job.stages) == job.expected and all(part.step == part.total for part in job.stages.values())
     assert len(job.losses) == 4
     result = job.result
     assert result.delta == host.delta_folder / "tropical-fish-to-fish.safetensors" and result.delta.name == job.saved
@@ -148,6 +148,22 @@ def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny)
     assert [row.name for row in result.evaluation.concepts] == ["tropical fish", "fish", "cat"]
     assert tiny.fingerprint() == before and not any(layer._forward_hooks for layer in tiny.layers.values())
     assert job.preview is None, "pictures of a job that has ended are let go"
+
+
+@pytest.mark.parametrize("preset", ["instant", "fast"])
+def test_quick_presets_go_through_their_own_stages(host, tiny, preset):
+    before = tiny.fingerprint()
+    changes = dict.fromkeys(("images", "preserve", "steps", "batch"), "") if preset == "instant" else {}
+    request, errors = check(replace(TINY, preset=preset, neighbours="2", **changes))
+    assert errors == {}
+    job = ended(Runner(), ablation(host, request))
+    assert (job.state, job.message) == ("done", "")
+    assert tuple(job.stages) == job.expected and "Solving the closed form" in job.expected
+    assert ("Training" in job.expected) == (preset == "fast") == bool(job.losses)
+    assert [row.name for row in job.result.evaluation.concepts] == ["tropical fish", "fish", "cat"]
+    (item,) = library.saved(host.delta_folder)
+    assert "closed form" in views.details(item)
+    assert tiny.fingerprint() == before
 
 
 def test_cancelled_in_training_it_leaves_nothing_and_goes_on_from_its_pictures(host, tiny):

@@ -1,0 +1,160 @@
+"""Many concepts in one delta, and the choice of settings: who is ablated, how deltas add up, which candidate wins."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from concept_ablation.core import closed_form, delta_file
+from concept_ablation.core.closed_form import ClosedFormSettings
+from concept_ablation.core.concept import Concept, evaluation_prompts
+from concept_ablation.core.errors import AblationError
+from concept_ablation.core.evaluation import EvaluationSettings
+from concept_ablation.core.prompts import BUILT_IN
+from concept_ablation.core.samplers import SampleSettings
+from concept_ablation.core.tasks import Task
+
+ROOT = Path(__file__).resolve().parents[1]
+HINTS = json.loads((ROOT / "assets" / "emoji_diffusion" / "ablation_hints.json").read_text("utf-8"))
+CATEGORIES = {
+    "cat": "cat",
+    **{f"{kind} cat": "cat" for kind in ("grumpy", "weary", "happy", "old", "wild")},
+    **dict.fromkeys(("owl", "duck", "rooster", "penguin", "dove"), "bird"),
+}
+CAT = Task("cat", Concept("grumpy cat", "cat"), ("dog",))
+
+
+class CoinJudge:
+    """Stands for the judge: a picture shows what it is asked for if its brightness is even."""
+
+    name = "coin"
+
+    def embed_images(self, images: np.ndarray) -> torch.Tensor:
+        even = torch.from_numpy(images.reshape(len(images), -1).sum(1).astype(np.int64)) % 2 == 0
+        return torch.stack((even.float(), 1 - even.float()), 1)
+
+    def embed_concept(self, texts) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0]) if texts[0] in CATEGORIES.values() else torch.tensor([1.0, 0.0])
+
+
+@pytest.fixture
+def modules(monkeypatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = ("job_store", "measuring", "many_concepts", "choose_presets")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return SimpleNamespace(**{name: __import__(name) for name in names})
+
+
+@pytest.fixture
+def bench(modules, make_model, tmp_path):
+    sizes = replace(
+        modules.many_concepts.TINY,
+        training={"steps": 1, "batch": 2},
+        dataset={"images": 1, "preserve": 1, "sample": SampleSettings(steps=1)},
+        most=4,
+        neighbours=1,
+        others=3,
+    )
+    store = modules.job_store.JobStore(tmp_path)
+    return modules.many_concepts.Bench(make_model, CoinJudge(), sizes, store, {"machine": "m"})
+
+
+def test_a_hundred_concepts_are_chosen_so_that_more_include_fewer(modules):
+    sizes = modules.many_concepts.Sizes()
+    ten, hundred = (modules.many_concepts.choose(HINTS["categories"], count, sizes) for count in (10, 100))
+    assert len(hundred.tasks) == 100 and hundred.tasks[:10] == ten.tasks and hundred.others == ten.others
+    targets = {task.concept.target for task in hundred.tasks}
+    assert targets.isdisjoint(HINTS["categories"].values())
+    told = {name for task in hundred.tasks for name in task.surrounding}
+    others = {concept.target for concept in hundred.others}
+    assert len(others) == 30 and not targets & told and not targets & others and not told & others
+    for task in hundred.tasks:
+        assert all(HINTS["categories"][name] == task.concept.anchor for name in task.surrounding)
+    for count in (0, 101):
+        with pytest.raises(AblationError, match="choose 1 to 100"):
+            modules.many_concepts.choose(HINTS["categories"], count, sizes)
+
+
+def test_all_methods_make_one_delta_and_merging_adds_up(modules, bench, monkeypatch):
+    factor, calls = torch.linalg.cholesky_ex, []
+    monkeypatch.setattr(closed_form.torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or factor(*a, **k))
+    rows = list(modules.many_concepts.measure(bench, CATEGORIES, [2], modules.many_concepts.METHODS))
+    # one for both concepts together, and one for each of those that are merged
+    assert len(calls) == 1 + 2
+    assert [row["method"] for row in rows] == list(modules.many_concepts.METHODS)
+    choice = modules.many_concepts.choose(CATEGORIES, 2, bench.sizes)
+    for row in rows:
+        assert row["concepts"] == 2 and row["seconds_per_concept"] == pytest.approx(row["seconds"] / 2)
+        assert len(row["accuracies"]) == 2 + 3
+        first, second = zip(*(row["accuracies"][concept.target] for concept in choice.others), strict=True)
+        change = row["others"]["change"]["value"]
+        assert change == pytest.approx(sum(second) / 3 - sum(first) / 3)
+    merged = delta_file.load(bench.make("merged closed forms", choice.tasks)[1])
+    parts = [delta_file.load(bench.make("closed form", [task])[1]) for task in choice.tasks]
+    for name, layer in merged.layers.items():
+        total = sum(part.layers[name].weight for part in parts)
+        torch.testing.assert_close(layer.weight, total, atol=1e-3, rtol=2e-3)
+    spent = sum(bench.make("union", [task])[0]["seconds"] for task in choice.tasks)
+    assert bench.make("merged", choice.tasks)[0]["seconds"] >= spent
+    monkeypatch.setattr(modules.many_concepts, "edit", lambda *a, **k: pytest.fail("a finished job is done again"))
+    assert list(modules.many_concepts.measure(bench, CATEGORIES, [2], ["closed form"])) == rows[:1]
+
+
+def found(candidate: str, score: float, passes: float) -> dict:
+    return {"candidate": candidate, "score": score, "passes": passes}
+
+
+def test_the_cheapest_candidate_within_the_margin_is_chosen(modules):
+    rows = [found("best", 0.60, 900), found("near", 0.56, 300), found("cheap", 0.40, 10), found("nearer", 0.58, 400)]
+    assert modules.choose_presets.chosen(rows, 0.05) == "near"
+    assert modules.choose_presets.chosen(rows, 0.0) == "best"
+    assert modules.choose_presets.chosen(rows, 0.5) == "cheap"
+
+
+def test_the_score_is_the_targets_fall_minus_the_neighbours(modules):
+    before = {"grumpy cat": [[1, 1], [1, 1]], "dog": [[1, 1], [1, 0]]}
+    after = {"grumpy cat": [[0, 0], [0, 1]], "dog": [[1, 0], [1, 0]]}
+    assert modules.choose_presets.score(before, after, CAT) == pytest.approx(0.75 - 0.25)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "keep"),
+    [(8, (0.0, 1.0), range(8)), (8, (0.0, 0.5), range(4)), (8, (0.25, 1.0), range(2, 8)), (2, (0.5, 0.5), [1])],
+)
+def test_the_range_of_noise_levels_is_a_range_of_sampling_steps(modules, steps, kept, keep):
+    assert modules.choose_presets.Candidate(sampling_steps=steps, kept=kept).keep() == tuple(keep)
+
+
+def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_model, tmp_path, monkeypatch):
+    choose = modules.choose_presets
+    sizes = choose.Sizes(
+        EvaluationSettings(2, 1, SampleSettings(steps=1), first_seed=choose.FIRST_SEED),
+        ClosedFormSettings(prompts=2, preserve_prompts=2),
+    )
+    store = modules.job_store.JobStore(tmp_path)
+    asked, model = [], make_model()
+    encode = type(model)._encode
+    monkeypatch.setattr(type(model), "_encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    bench = choose.Bench(make_model, CoinJudge(), sizes, store, {})
+    candidate = choose.Candidate(steps=2, trajectories=2, sampling_steps=2, batch=2)
+    made = choose.row(bench, [CAT], "base", candidate)
+    harvested = 2 * 2 * 2 * 2  # target and preserved, 2 trajectories each, of 2 guided steps
+    assert made["passes"] == harvested + 3 * (2 * 4) and json.dumps(made)
+    closed = choose.row(bench, [CAT], "closed form only", replace(candidate, steps=0))
+    assert closed["passes"] == 0
+    final = {
+        prompt
+        for name in ("grumpy cat", "cat", "dog")
+        for prompt in evaluation_prompts(name, CAT.concept, BUILT_IN, 16)
+    }
+    assert asked and not final & set(asked)
+    before = len(asked)
+    assert choose.row(bench, [CAT], "base", candidate) == made and len(asked) == before
