@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from concept_ablation.core import dataset
+from concept_ablation.core.ablation import Task, ablate
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.dataset import DatasetSettings
@@ -120,6 +121,13 @@ def test_rows_that_stay_copies_are_left_out_and_too_few_are_refused(tmp_path):
         dataset.build(Painter(), [red], SETTINGS, screen=screen)
     # images of the target are copies by design
     assert len(dataset.build(Painter(), [red], replace(SETTINGS, source="target"), screen=screen).latents) == 8
+
+
+@pytest.mark.parametrize("preset", ["instant", "fast"])
+def test_copies_are_not_overlooked_where_nothing_is_drawn_to_train_on(tiny, preset):
+    """The recipe is that of another kind, as where a memorized image is the second of several concepts."""
+    with pytest.raises(AblationError, match=r"drawn images only.*balanced"):
+        ablate(tiny, [Task(CONCEPT)], recipe(preset, tiny), screen=Screen(COLOURS, (RED,)))
 
 
 @pytest.mark.parametrize("preset", ["balanced", "paper"])

@@ -65,6 +65,7 @@ def deltas(tmp_path):
         ({"seed": "-1"}, "seed", "from 0"),
         ({"neighbours": "-1"}, "neighbours", "at least 0"),
         ({"neighbours": "3", "preset": "paper"}, "neighbours", "preserves nothing"),
+        ({"kind": "memorized", "preset": "fast"}, "preset", "choose the preset balanced"),
         ({"steps": "3", "preset": "instant"}, "steps", "no steps"),
         ({"preserve": "3", "preset": "instant"}, "preserve", "no preserve"),
         ({"subset": "attn", "preset": "instant"}, "subset", "not the subset 'attn'"),
@@ -155,6 +156,7 @@ def test_the_hints_are_the_presets_own_values():
     assert preset_values("balanced", "instance")["steps"] == "100"
     assert preset_values("instant", "instance")["steps"] == "none"
     assert preset_values("fast", "style")["images"] == "12"
+    assert set(preset_values("fast", "memorized").values()) == {""}
     assert preset_values("paper", "memorized") | {"steps": "800", "images": "1000"} == preset_values(
         "paper", "memorized"
     )
