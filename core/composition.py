@@ -15,14 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from .concept import Concept, pairs
 from .errors import AblationError
 from .metrics import Judge
-from .prompts import replace_noun
+from .prompts import PromptSource, distinct, fill, normalise, replace_noun
 from .statistics import Estimate, difference_interval, mean_interval, share_interval
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
 """A word group for prompts such as "on a red background"."""
 POSITIONS = ("left", "right", "top", "bottom")
+SIZES = ("big", "small")
+STYLES = ("watercolor", "pencil sketch", "oil painting", "pixel art")
+"""Styles for models whose prompt templates name fewer than two of their own."""
 
 FOREGROUND_DISTANCE = 60.0
 """A pixel belongs to the subject if its colour lies farther than this from the border's (Euclidean, of 442)."""
@@ -31,6 +35,13 @@ SHIFT_KEPT = 0.1
 AREA_KEPT = 1.5
 """A subject has kept its size if its area changed by less than this factor."""
 
+_FRAMES = {
+    "colour": "a picture of a {{}} on a {word} background",
+    "position": "a picture of a {{}} on the {word} of the picture",
+    "size": "a picture of a {word} {{}}",
+    "style": "a picture of a {{}} in the style of {word}",
+}
+_NAMED_STYLE = re.compile(r"(?:in the style of|\bby) ([\w-]+)$|, ([\w-]+) style\b")
 _BORDER_SHARE = 32
 """The border is one such part of the shorter side wide, and at least a pixel."""
 
@@ -113,6 +124,41 @@ def composition_kept(
     groups = {name: _obeyed(first, second, prompts, judge, options) for name, options in words.items()}
     layout = _layout_kept(before, after)
     return CompositionKept({name: found for name, found in groups.items() if found is not None}, layout)
+
+
+def word_groups(source: PromptSource, concept: Concept) -> dict[str, tuple[str, ...]]:
+    """The words by group that composed prompts of `concept` are made of: colours, positions, sizes and, unless the
+    concept is a style itself, the styles that the model's own templates name.
+
+    Words in the names of target and anchor ("red panda") are left out, and with them a group of which one is left.
+    """
+    groups = {"colour": COLOURS, "position": POSITIONS, "size": SIZES}
+    if concept.kind != "style":
+        found = (_NAMED_STYLE.search(text) for text in source.instance_train)
+        named = distinct(match[1] or match[2] for match in found if match)
+        groups["style"] = named if len(named) > 1 else STYLES
+    names = f"{concept.target} {concept.anchor}"
+    free = {group: tuple(word for word in words if not said_word(names, [word])) for group, words in groups.items()}
+    return {group: words for group, words in free.items() if len(words) > 1}
+
+
+def composed_prompts(name: str, concept: Concept, source: PromptSource, each: int = 4) -> tuple[str, ...]:
+    """Prompts that ask for `name` (the target or the anchor) in a colour, at a place, in a size or in a style: `each`
+    of a group at most, none of them a training prompt. None for a memorized image, whose caption is the whole of it.
+
+    The i-th prompts of two names differ in the name only, but for those that one of them was trained on.
+    """
+    if concept.kind == "memorized":
+        return ()
+    trained = {normalise(text) for pair in pairs(concept, source) for text in (pair.anchor, pair.target)}
+    styled = concept.kind == "style"
+    noun = concept.anchor if styled else name
+    tail = f" in the style of {name}" if styled and normalise(name) != normalise(concept.anchor) else ""
+    made = []
+    for group, words in word_groups(source, concept).items():
+        texts = (fill(_FRAMES[group].format(word=word), noun) + tail for word in words)
+        made += [text for text in texts if normalise(text) not in trained][:each]
+    return tuple(made)
 
 
 def said_word(prompt: str, options: Sequence[str]) -> str | None:

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, get_args
 
 from .errors import AblationError
@@ -19,6 +20,8 @@ Kind = Literal["instance", "style", "memorized"]
 
 MAX_NAME_LENGTH = 300
 MAX_CAPTION_LENGTH = 1000
+ARROW = " => "
+"""Between a further target prompt and what is to be drawn in its place."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Concept:
     anchor_prompts: tuple[str, ...] = ()
     """The user's own anchor prompts, in place of templates."""
     target_prompts: tuple[str, ...] = ()
-    """Other captions that reproduce a memorized image."""
+    """Other captions that reproduce a memorized image. For an instance or a style, other prompts that reach it, such as
+    a leak scan finds, each alone or as "prompt => anchor prompt"; alone, it is to draw the anchor."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", collapse(self.target))
@@ -56,10 +60,9 @@ class Concept:
         if self.kind not in get_args(Kind):
             raise AblationError(f"The kind {self.kind!r} is unknown; choose instance, style or memorized.")
         _check_texts(self)
-        if self.target_prompts and self.kind != "memorized":
-            raise AblationError(f"Target prompts are for memorized images only; remove them from this {self.kind}.")
         if self.kind != "memorized":
-            _check_anchor_prompts(self)
+            _check_anchor_prompts(self, self.anchor_prompts)
+            _check_anchor_prompts(self, [pair.anchor for pair in _further_pairs(self)], named=False)
 
 
 def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> tuple[PromptPair, ...]:
@@ -67,6 +70,7 @@ def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> t
 
     instance: c is a template with the anchor's name, or a user's prompt; c* has the target's name in its place.
     style: c is a template with the anchor, or a user's prompt as it is; c* appends a style suffix, each in turn.
+    Both: further target prompts with their anchor prompts, one after each of the first pairs.
     memorized: every anchor prompt with the caption and every target prompt; each target prompt comes once before any
     comes again.
 
@@ -83,6 +87,9 @@ def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> t
         made = _style_pairs(concept, source)
     else:
         made = _memorized_pairs(concept)
+    if concept.kind != "memorized":
+        turns = zip_longest(made, _further_pairs(concept))
+        made = [pair for turn in turns for pair in turn if pair is not None]
     held_out = _held_out((concept.target, concept.anchor), concept, source)
     left = {
         (normalise(pair.anchor), normalise(pair.target)): pair
@@ -167,6 +174,24 @@ def _style_pairs(concept: Concept, source: PromptSource) -> list[PromptPair]:
     # A user's few prompts are repeated until every suffix has been seen.
     chosen = [(prompts[i % len(prompts)], suffixes[i % len(suffixes)]) for i in range(max(len(prompts), len(suffixes)))]
     return [PromptPair(prompt, _append(prompt, suffix, concept.target)) for prompt, suffix in chosen]
+
+
+def _further_pairs(concept: Concept) -> list[PromptPair]:
+    """The pairs of the target prompts of an instance or a style.
+
+    Raises:
+        AblationError: one side of an arrow is empty, or both are the same.
+    """
+    found = []
+    for text in concept.target_prompts:
+        prompt, arrow, anchor = (collapse(part) for part in text.partition(ARROW))
+        anchor = anchor if arrow else fill("a {}", concept.anchor)
+        if not prompt or not anchor or _same(prompt, anchor):
+            raise AblationError(
+                f"The target prompt {text!r} must be a prompt, or two different ones: prompt => anchor."
+            )
+        found.append(PromptPair(anchor, prompt))
+    return found
 
 
 def _memorized_pairs(concept: Concept) -> list[PromptPair]:
@@ -267,9 +292,10 @@ def _check_texts(concept: Concept) -> None:
         raise AblationError(f"The target and the anchor are both {concept.target!r}; choose another anchor.")
 
 
-def _check_anchor_prompts(concept: Concept) -> None:
-    for prompt in concept.anchor_prompts:
-        if concept.kind == "instance" and not _names(prompt, concept.anchor):
+def _check_anchor_prompts(concept: Concept, prompts: Iterable[str], *, named: bool = True) -> None:
+    """`named`: whether a prompt of an instance must have the anchor's name, which the target's takes the place of."""
+    for prompt in prompts:
+        if named and concept.kind == "instance" and not _names(prompt, concept.anchor):
             raise AblationError(f"The anchor prompt {prompt!r} lacks the anchor {concept.anchor!r}; add it.")
         # An anchor such as "orange cat" may contain the target "cat"; only then is the target's name welcome.
         if _names(prompt, concept.target) and not _names(concept.anchor, concept.target):

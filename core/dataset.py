@@ -28,6 +28,7 @@ from .errors import AblationError
 from .progress import ProgressCallback, Reporter
 from .prompts import PromptSource
 from .samplers import SampleSettings, sample_latents
+from .screening import Screen, require_enough
 
 _FORMAT = 1
 
@@ -127,6 +128,7 @@ def build(
     *,
     surrounding: Sequence[Sequence[str]] | None = None,
     directory: Path | None = None,
+    screen: Screen | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> AblationDataset:
     """Draw the dataset of `concepts` with the pretrained model, or finish the one in `directory`.
@@ -137,36 +139,40 @@ def build(
         settings: sizes and sampler.
         surrounding: names to preserve, for each concept.
         directory: where to keep it; None keeps it in memory only.
+        screen: keeps copies of memorized images out: they are drawn again, and left out if they stay copies. It has
+            no say over images of the target, which are such copies by design.
         on_progress: called after each sampling step of each batch.
 
     Raises:
-        AblationError: `directory` holds another dataset, or cannot be written.
+        AblationError: `directory` holds another dataset, or cannot be written, or too few images are no copies.
     """
+    if settings.source == "target":
+        screen = None
     plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
     if directory is not None:
-        shards.claim(directory, _manifest(plan, settings, concepts, model))
+        shards.claim(directory, _manifest(plan, settings, concepts, model, screen))
     reporter = Reporter(on_progress, "Drawing the dataset", len(batches) * settings.sample.steps)
     column = 0 if settings.source == "anchor" else 1
-    latents = []
+    parts = []
     for number, rows in enumerate(batches):
-        shape = (len(rows), *denoiser.latent_shape)
-        found = None if directory is None else shards.read_shard(directory, number, {"latents": shape})
+        shapes = {"latents": (len(rows), *denoiser.latent_shape)} | ({} if screen is None else {"kept": (len(rows),)})
+        found = None if directory is None else shards.read_shard(directory, number, shapes)
         if found is None:
             prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
-            seeds = [_row_seed(settings.seed, row) for row in rows]
-            drawn = sample_latents(
-                denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance(latents=step.denoised)
-            )
-            # fp16 also in memory, so that a dataset is the same whether or not it went through a file
-            found = {"latents": drawn.cpu().half()}
+            found = {"latents": _drawn(denoiser, prompts, rows, settings, reporter)}
+            if screen is not None:
+                found["kept"] = _screened(denoiser, prompts, rows, settings, screen, found["latents"], reporter)
             if directory is not None:
                 shards.write_shard(directory, number, found)
         else:
             reporter.advance(settings.sample.steps)
-        latents.append(found["latents"])
-    return AblationDataset(torch.cat(latents).float(), plan, settings, tuple(concepts), model)
+        parts.append(found)
+    latents = torch.cat([part["latents"] for part in parts]).float()
+    if screen is not None:
+        latents, plan = _kept(latents, plan, torch.cat([part["kept"] for part in parts]))
+    return AblationDataset(latents, plan, settings, tuple(concepts), model)
 
 
 def load(directory: Path) -> AblationDataset:
@@ -181,15 +187,79 @@ def load(directory: Path) -> AblationDataset:
     settings = dict(manifest["settings"])
     settings["sample"] = SampleSettings(**settings["sample"])
     plan = Plan(tuple(manifest["prompts"]), tuple((anchor, target) for anchor, target in manifest["rows"]))
-    latents = [tensor for (tensor,) in shards.read_all(directory, ["latents"])]
-    if sum(len(shard) for shard in latents) != len(plan.rows):
+    screened = "screen" in manifest
+    parts = shards.read_all(directory, ["latents", "kept"] if screened else ["latents"])
+    if sum(len(part[0]) for part in parts) != len(plan.rows):
         raise AblationError(f"The dataset in {directory} is not finished: run the build again to complete it.")
+    latents = torch.cat([part[0] for part in parts]).float()
+    if screened:
+        latents, plan = _kept(latents, plan, torch.cat([part[1] for part in parts]))
     concepts = shards.read_concepts(manifest["concepts"])
-    return AblationDataset(torch.cat(latents).float(), plan, DatasetSettings(**settings), concepts, manifest["model"])
+    return AblationDataset(latents, plan, DatasetSettings(**settings), concepts, manifest["model"])
 
 
-def _manifest(plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept], model: str) -> dict[str, Any]:
+def _drawn(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    settings: DatasetSettings,
+    reporter: Reporter,
+    attempt: int = 0,
+) -> Tensor:
+    """Latents of some rows, fp16 on the CPU also in memory: a dataset is the same whether or not it went through a
+    file. Only the first attempt counts as progress; each reports, so that it can be cancelled.
+    """
+    seeds = [_row_seed(settings.seed, row, attempt) for row in rows]
+    return (
+        sample_latents(
+            denoiser,
+            prompts,
+            seeds,
+            settings.sample,
+            lambda step: reporter.advance(int(attempt == 0), latents=step.denoised),
+        )
+        .cpu()
+        .half()
+    )
+
+
+def _screened(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    settings: DatasetSettings,
+    screen: Screen,
+    latents: Tensor,
+    reporter: Reporter,
+) -> Tensor:
+    """Draw those of `latents` [B, C, h, w] that are copies again, in place; which of them are none in the end, [B]."""
+    kept = screen.passes(denoiser, latents)
+    for attempt in range(1, screen.redraws + 1):
+        again = (~kept).nonzero().flatten().tolist()
+        if not again:
+            break
+        texts = [prompts[place] for place in again]
+        latents[again] = _drawn(denoiser, texts, [rows[place] for place in again], settings, reporter, attempt)
+        kept[again] = screen.passes(denoiser, latents[again])
+    return kept
+
+
+def _kept(latents: Tensor, plan: Plan, kept: Tensor) -> tuple[Tensor, Plan]:
+    """Latents and plan without the rows that a screen left out.
+
+    Raises:
+        AblationError: too few are left.
+    """
+    require_enough(kept.tolist(), [anchor == target for anchor, target in plan.rows])
+    rows = tuple(row for row, passed in zip(plan.rows, kept.tolist(), strict=True) if passed)
+    return latents[kept.bool()], Plan(plan.prompts, rows)
+
+
+def _manifest(
+    plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept], model: str, screen: Screen | None
+) -> dict[str, Any]:
     return {
+        **({} if screen is None else {"screen": screen.described}),
         "format": _FORMAT,
         "model": model,
         "concepts": shards.describe_concepts(concepts),
@@ -199,9 +269,10 @@ def _manifest(plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept]
     }
 
 
-def _row_seed(seed: int, row: int) -> int:
-    """A seed for one row that neighbouring dataset seeds, rows and evaluation seeds do not share."""
-    return int.from_bytes(hashlib.sha256(f"dataset row {seed} {row}".encode()).digest()[:7], "big")
+def _row_seed(seed: int, row: int, attempt: int = 0) -> int:
+    """A seed for one row that neighbouring dataset seeds, rows, attempts and evaluation seeds do not share."""
+    text = f"dataset row {seed} {row}" + (f" attempt {attempt}" if attempt else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _cycle(items: Sequence[Any], count: int) -> list[Any]:

@@ -7,23 +7,30 @@ surrounding concept, drawn by the model without and with the delta, judged by CL
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from .composition import CompositionKept, composed_prompts, composition_kept, word_groups
 from .concept import Concept, evaluation_prompts, judge_texts
 from .delta import Delta
 from .denoiser import Denoiser
-from .details import ConceptDetails, measure
+from .details import ConceptDetails, measure, with_instruments
 from .errors import AblationError
+from .instruments import Instruments
 from .metrics import Judge, clip_accuracy, clip_score
+from .misspellings import misspelled_prompts
 from .progress import ProgressCallback, Reporter
 from .samplers import SampleSettings, draw_images
 
-Role = Literal["target", "anchor", "surrounding"]
+Role = Literal["target", "anchor", "surrounding", "misspelled", "composed"]
+"""misspelled: the target, asked for with typing errors. composed: the target or the anchor, asked for in a colour, at a
+place, in a size or in a style."""
+
+_NO_INSTRUMENTS = Instruments()
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class ConceptResult:
     images_after: np.ndarray = field(repr=False)
     details: ConceptDetails | None = field(default=None, repr=False)
     """The same figures and more, with intervals."""
+    composition: CompositionKept | None = field(default=None, repr=False)
+    """Of a composed row: whether the words of its prompts are still obeyed."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,14 @@ class EvaluationSettings:
     sample: SampleSettings = field(default_factory=SampleSettings)
     batch: int = 16
     first_seed: int = 0
+    misspellings: int = 0
+    """Prompts with a misspelled target, half of them at edit distance 1 and half at 2; 0 is none."""
+    composition: bool = False
+    """Whether target and anchor are also asked for with words of colour, place, size and style."""
 
     def __post_init__(self) -> None:
+        if self.misspellings < 0:
+            raise AblationError(f"The number of misspelled prompts must be at least 0, not {self.misspellings}.")
         if self.prompts < 1 or self.seeds < 1 or self.batch < 1:
             raise AblationError("An evaluation needs at least one prompt, one seed and a batch size of at least 1.")
 
@@ -91,6 +106,8 @@ class Job:
     role: Role
     concept: Concept
     prompts: tuple[str, ...]
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of a composed job: the alternatives by group (`composition.word_groups`)."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ def evaluate(
     judge: Judge,
     settings: EvaluationSettings,
     on_progress: ProgressCallback | None = None,
+    instruments: Instruments = _NO_INSTRUMENTS,
 ) -> Evaluation:
     """Draw and judge the target, the anchor and the surrounding concepts of each ablation, before and after.
 
@@ -123,23 +141,31 @@ def evaluate(
         judge: the CLIP model.
         settings: how much to draw.
         on_progress: called after each sampling step.
+        instruments: what else to measure with.
 
     Raises:
-        AblationError: too few held-out prompts, a surrounding name that is the target or the anchor, or
+        AblationError: too few held-out prompts or typos, a surrounding name that is the target or the anchor, or
             IncompatibleDelta.
     """
     jobs = make_jobs(denoiser, concepts, surrounding, settings)
     before = draw(denoiser, jobs, settings, "Drawing before", on_progress)
     with delta.attach(denoiser):
         after = draw(denoiser, jobs, settings, "Drawing after", on_progress)
-    return compare(jobs, before, after, judge, settings)
+    return compare(jobs, before, after, judge, settings, instruments)
 
 
-def compare(jobs: Sequence[Job], before: Drawn, after: Drawn, judge: Judge, settings: EvaluationSettings) -> Evaluation:
+def compare(
+    jobs: Sequence[Job],
+    before: Drawn,
+    after: Drawn,
+    judge: Judge,
+    settings: EvaluationSettings,
+    instruments: Instruments = _NO_INSTRUMENTS,
+) -> Evaluation:
     """Judge what `draw` drew of `jobs` with the model before and after an edit."""
     start = time.perf_counter()
     results = tuple(
-        _judged(judge, job, first, second, settings)
+        _judged(judge, job, first, second, settings, instruments)
         for job, first, second in zip(jobs, before.images, after.images, strict=True)
     )
     seconds = {
@@ -147,7 +173,7 @@ def compare(jobs: Sequence[Job], before: Drawn, after: Drawn, judge: Judge, sett
         "draw after": after.seconds,
         "judge": time.perf_counter() - start,
     }
-    return Evaluation(results, judge.name, seconds, asdict(settings))
+    return Evaluation(results, judge.name, seconds, {**asdict(settings), **instruments.described})
 
 
 def make_jobs(
@@ -159,13 +185,26 @@ def make_jobs(
     """Everything that `evaluate` will draw. Costs nothing, so that a long run can find bad input before it begins.
 
     Raises:
-        AblationError: too few held-out prompts, or a surrounding name that is the target or the anchor.
+        AblationError: too few held-out prompts or typos, or a surrounding name that is the target or the anchor.
     """
-    return [
-        Job(name, role, concept, evaluation_prompts(name, concept, denoiser.prompt_source, settings.prompts))
-        for concept, names in zip(concepts, surrounding, strict=True)
-        for name, role in roles(concept, names)
-    ]
+    source = denoiser.prompt_source
+    jobs = []
+    for concept, names in zip(concepts, surrounding, strict=True):
+        jobs += [
+            Job(name, role, concept, evaluation_prompts(name, concept, source, settings.prompts))
+            for name, role in roles(concept, names)
+        ]
+        if settings.misspellings:
+            halves = ((settings.misspellings + 1) // 2, 1), (settings.misspellings // 2, 2)
+            typos = [misspelled_prompts(concept, source, count, distance) for count, distance in halves if count]
+            jobs.append(Job(concept.target, "misspelled", concept, tuple(text for half in typos for text in half)))
+        if settings.composition and concept.kind != "memorized":
+            words = word_groups(source, concept)
+            jobs += [
+                Job(name, "composed", concept, composed_prompts(name, concept, source), words)
+                for name in (concept.target, concept.anchor)
+            ]
+    return jobs
 
 
 def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]]:
@@ -209,11 +248,22 @@ def draw(
 
 
 def _judged(
-    judge: Judge, job: Job, before: np.ndarray, after: np.ndarray, settings: EvaluationSettings
+    judge: Judge,
+    job: Job,
+    before: np.ndarray,
+    after: np.ndarray,
+    settings: EvaluationSettings,
+    instruments: Instruments,
 ) -> ConceptResult:
     concept = _embed(judge, job.name, job.concept)
-    other = _embed(judge, job.concept.target if job.role == "anchor" else job.concept.anchor, job.concept)
-    first, second = (judge.embed_images(images.reshape(-1, *images.shape[2:])) for images in (before, after))
+    other = _embed(judge, job.concept.target if job.name == job.concept.anchor else job.concept.anchor, job.concept)
+    flat = [images.reshape(-1, *images.shape[2:]) for images in (before, after)]
+    first, second = (judge.embed_images(images) for images in flat)
+    count = len(job.prompts)
+    details = measure(first, second, concept, other, count)
+    composition = None
+    if job.role == "composed":
+        composition = composition_kept(before, after, job.prompts, judge, job.words)
     return ConceptResult(
         name=job.name,
         role=job.role,
@@ -224,7 +274,8 @@ def _judged(
         after=ClipMetrics(clip_accuracy(second, concept, other), clip_score(second, concept)),
         images_before=before,
         images_after=after,
-        details=measure(first, second, concept, other, len(job.prompts)),
+        details=with_instruments(details, *flat, count, instruments, instruments.originals.get(job.concept.target)),
+        composition=composition,
     )
 
 

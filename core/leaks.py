@@ -248,9 +248,8 @@ def scan(
 def further_target_prompts(report: LeakReport) -> tuple[PromptPair, ...]:
     """The leaks as pairs (c, c*) for another training: each prompt is to draw what it would say of the anchor.
 
-    For a memorized image the target sides are further `target_prompts` of its concept. An instance or a style takes no
-    target prompts: there the pairs join those of `concept.pairs` in the dataset's plan. Prompts that already ask for
-    the anchor itself (a category that is the anchor) cannot be trained away so, and are left out.
+    They are further `target_prompts` of the concept (`memorized.target_prompt_lines`). Prompts that already ask for the
+    anchor itself (a category that is the anchor) cannot be trained away so, and are left out.
     """
     pairs = [PromptPair(one.candidate.anchor_prompt, one.candidate.prompt) for one in report.leaks]
     return tuple(pair for pair in pairs if normalise(pair.anchor) != normalise(pair.target))

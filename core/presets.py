@@ -96,6 +96,18 @@ TRAINED = tuple(name for name in PRESETS if name != "instant")
 """The presets that train."""
 
 
+def check_serves(preset: str, kind: Kind) -> None:
+    """Raise AblationError if there is no such preset, or it cannot ablate that kind of concept."""
+    if preset not in PRESETS:
+        raise AblationError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}.")
+    if kind == "memorized" and preset not in ("balanced", "paper"):
+        # the closed form moves keys and values only; harvested rows are no pictures in which copies could be found
+        raise AblationError(
+            f"The preset '{preset}' does not serve memorized images, whose removal trains all weights on pictures that "
+            "are no copies of them: choose the preset balanced."
+        )
+
+
 def recipe(
     preset: str,
     denoiser: Denoiser,
@@ -122,10 +134,10 @@ def recipe(
         auto_preserve: replaces the preset's.
 
     Raises:
-        AblationError: no such preset, a value that its settings refuse, or one of something that it does not do.
+        AblationError: no such preset, a kind that it does not serve, a value that its settings refuse, or one of
+            something that it does not do.
     """
-    if preset not in PRESETS:
-        raise AblationError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}.")
+    check_serves(preset, kind)
     made = {"instant": _instant, "fast": _fast, "balanced": _balanced, "paper": _paper}[preset](kind, subset)
     if auto_preserve is not None:
         made = replace(made, auto_preserve=auto_preserve)
@@ -202,7 +214,8 @@ _BALANCED_RATES = {"cross-attn": 2e-5, "attn": 1e-5, "full": 5e-6, "embedding": 
 
 
 def _balanced(kind: Kind, subset: str | None) -> Recipe:
-    subset = subset or "cross-attn"
+    memorized = kind == "memorized"
+    subset = subset or ("full" if memorized else "cross-attn")
     images = DatasetSettings(images=64, preserve=96, sample=SampleSettings(steps=15, guidance=4.0, eta=1.0))
     train = TrainSettings(
         objective="model",
@@ -213,6 +226,8 @@ def _balanced(kind: Kind, subset: str | None) -> Recipe:
         batch=16,
         preserve_batch=16,
         preserve_weight=4.0,
+        # the paper's choice for memorized images: their captions share words with the anchors
+        regularization=1.0 if memorized else 0.0,
     )
     return Recipe(images, train)
 

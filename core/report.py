@@ -25,16 +25,23 @@ from .errors import AblationError
 from .evaluation import ConceptResult, Evaluation
 from .files import replacing, write_json, write_text
 from .phases import Phase
+from .report_words import duration, interval, percent, unseen_rate
 
 if TYPE_CHECKING:
     from .concept import Concept
 
 NOTICEABLE_POINTS = 10
 """A kept concept whose CLIP accuracy fell by more percentage points than this is flagged."""
-PAGE_PAIRS = {"target": 24, "anchor": 8, "surrounding": 8}
+PAGE_PAIRS = {"target": 24, "anchor": 8, "surrounding": 8, "misspelled": 8, "composed": 8}
 """At most so many before/after pairs of a concept are shown on the page."""
 
-_ROLE_WORDS = {"target": "removed", "anchor": "drawn instead", "surrounding": "to be kept"}
+_ROLE_WORDS = {
+    "target": "removed",
+    "anchor": "drawn instead",
+    "surrounding": "to be kept",
+    "misspelled": "removed, misspelled",
+    "composed": "in a composition",
+}
 _PAGE_PIXELS = 320
 _TILE_PIXELS = 160
 _MARGIN, _GAP, _BLOCK_GAP, _LABEL_WIDTH, _HEADER = 24, 4, 28, 200, 64
@@ -211,6 +218,7 @@ def _summary(inputs: ReportInputs) -> dict[str, object]:
             "before": asdict(result.before),
             "after": asdict(result.after),
             "details": None if result.details is None else asdict(result.details),
+            **({} if result.composition is None else {"composition": asdict(result.composition)}),
         }
         for result in evaluation.concepts
     ]
@@ -249,7 +257,7 @@ def _page(inputs: ReportInputs, loss: bytes | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "unseen": _unseen_rate}
+    environment.filters |= {"percent": percent, "duration": duration, "unseen": unseen_rate, "range": interval}
     views = [_view(result) for result in inputs.evaluation.concepts]
     sections = [(concept, _members(views, concept.target)) for concept in inputs.concepts]
     return environment.get_template("report.html.j2").render(
@@ -269,6 +277,8 @@ def _members(views: Sequence[_ConceptView], ablation: str) -> dict[str, object]:
         "target": next(view for view in members if view.result.role == "target"),
         "kept": [view for view in members if view.result.role == "anchor"]
         + [view for view in members if view.result.role == "surrounding"],
+        "misspelled": [view for view in members if view.result.role == "misspelled"],
+        "composed": [view for view in members if view.result.role == "composed"],
     }
 
 
@@ -318,22 +328,6 @@ def _data_uri(data: bytes, kind: str) -> str:
 def _write_bytes(path: Path, data: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _percent(share: float) -> str:
-    """Whole percent, which says 0% and 100% only of what is exactly that."""
-    if 0 < share < 0.005:
-        return "under 1%"
-    return "over 99%" if 0.995 <= share < 1 else f"{share:.0%}"
-
-
-def _unseen_rate(pictures: int) -> float:
-    """Highest true rate that leaves none in `pictures` with 5% probability (the exact form of the rule of three)."""
-    return 1 - 0.05 ** (1 / pictures)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .ablate import ConceptAblationAblate
+from .anchors import ConceptAblationFindAnchors
 from .concept import ConceptAblationConcept
 from .dataset import ConceptAblationBuildDataset
 from .deltas import (
@@ -17,6 +18,7 @@ from .deltas import (
 from .emoji import ConceptAblationLoadEmojiDiffusion
 from .evaluate import ConceptAblationEvaluate
 from .instant import ConceptAblationInstant
+from .leaks import ConceptAblationScanForLeaks
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptAblationConcept,
@@ -24,6 +26,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     ConceptAblationAblate,
     ConceptAblationInstant,
     ConceptAblationEvaluate,
+    ConceptAblationScanForLeaks,
+    ConceptAblationFindAnchors,
     ConceptAblationSaveDelta,
     ConceptAblationLoadDelta,
     ConceptAblationApplyDelta,

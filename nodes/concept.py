@@ -66,7 +66,8 @@ class ConceptAblationConcept(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="For a memorized image only: further captions that reproduce it, one a line.",
+                    tooltip="Further prompts that reach the target, one a line: captions that reproduce a memorized "
+                    "image, or 'prompt => anchor prompt' as Scan for Leaks finds them.",
                 ),
                 Concepts.Input(
                     "concepts", optional=True, tooltip="Concepts from another of these nodes; this one is added."

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import folder_paths
 import numpy as np
@@ -15,13 +15,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..core.ablation import Data, Task, check_tasks, neighbours_of
+from ..core.ablation import Data, Task, check_screen, check_tasks, neighbours_of, screen_of
 from ..core.dataset import DatasetSettings, build, make_plan
 from ..core.errors import AblationError
 from ..core.harvest import Harvest, HarvestSettings, harvest
 from ..core.hosts.comfyui import opened
 from ..core.presets import recipe
 from ..core.samplers import SAMPLERS
+from ..core.screening import Screen
+from . import instruments
 from .images import as_image, as_picture, grid
 from .progress import NodeProgress, latent_pictures, make_previewer, memory_advice
 from .types import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP, VAE
 
     from ..core.denoiser import Denoiser
+    from ..core.progress import ProgressCallback
 
 _PREVIEWED = 16
 _PIXELS_PER_LATENT = 8
@@ -117,8 +120,12 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 ),
                 auto_preserve_input(),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="Decodes the preview; without it the preview is small and rough."
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the preview, which is small and rough without it. An original needs it.",
                 ),
+                instruments.original_input("no copy of which is to be trained on"),
+                instruments.detector_input(),
             ],
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="What Ablate Concept trains on."),
@@ -147,8 +154,12 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         keep_on_disk: bool,
         auto_preserve: int = -1,
         vae: VAE | None = None,
+        original: Tensor | None = None,
+        copy_detector: str = "",
     ) -> io.NodeOutput:
         check_tasks(concepts)
+        if original is not None and vae is None:
+            raise AblationError("Copies of the original are looked for in decoded images: connect the vae, too.")
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
@@ -170,21 +181,16 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 | {"sample": sample, **({"batch": images_at_once} if images_at_once else {})},
                 auto_preserve=None if auto_preserve < 0 else auto_preserve,
             )
+            screen = screen_of(instruments.load(concepts, original, copy_detector, device=denoiser.device))
+            check_screen(made, screen)
             settings = _of_source(made.dataset or made.harvest, source)
             chosen = neighbours_of(denoiser, concepts, made)
             tasks = [
                 replace(task, surrounding=(*task.surrounding, *names))
                 for task, names in zip(concepts, chosen, strict=True)
             ]
-            make = harvest if isinstance(settings, HarvestSettings) else build
-            data = make(
-                denoiser,
-                [task.concept for task in tasks],
-                settings,
-                surrounding=[task.surrounding for task in tasks],
-                directory=_directory(denoiser, tasks, settings) if keep_on_disk else None,
-                on_progress=progress,
-            )
+            directory = _directory(denoiser, tasks, settings, screen) if keep_on_disk else None
+            data = _data(denoiser, tasks, settings, directory, screen, progress)
             latents = previewed(data)
             preview = _rough(model, latents) if vae is None else _decoded(denoiser, latents)
             progress.show(grid([as_picture(image) for image in preview]))
@@ -215,8 +221,15 @@ def _of_source(settings: DatasetSettings | HarvestSettings, source: str) -> Data
     return settings
 
 
-def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings) -> str:
-    """A name for a dataset that any change of the model, the concepts, the image size or the settings changes."""
+def identity(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    settings: DatasetSettings | HarvestSettings,
+    screen: Screen | None = None,
+) -> str:
+    """A name for a dataset that any change of the model, the concepts, the image size, the settings or the memorized
+    images changes.
+    """
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     sizes = settings.sizes if isinstance(settings, HarvestSettings) else settings
     plan = make_plan(concepts, surrounding, denoiser.prompt_source, sizes)
@@ -226,6 +239,7 @@ def identity(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSetting
         "concepts": [asdict(concept) for concept in concepts],
         "plan": asdict(plan),
         "settings": asdict(settings),
+        **({} if screen is None else {"screen": screen.described}),
         **({"surrounding": surrounding} if isinstance(settings, HarvestSettings) else {}),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
@@ -237,9 +251,26 @@ def size_of(data: Data) -> tuple[int, int]:
     return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
 
 
-def _directory(denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings) -> Path:
+def _directory(
+    denoiser: Denoiser, tasks: Sequence[Task], settings: DatasetSettings | HarvestSettings, screen: Screen | None
+) -> Path:
     root = Path(folder_paths.get_output_directory()) / "concept_ablation" / "datasets"
-    return root / identity(denoiser, tasks, settings)
+    return root / identity(denoiser, tasks, settings, screen)
+
+
+def _data(
+    denoiser: Denoiser,
+    tasks: Sequence[Task],
+    settings: DatasetSettings | HarvestSettings,
+    directory: Path | None,
+    screen: Screen | None,
+    on_progress: ProgressCallback,
+) -> Data:
+    concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
+    kept: dict[str, Any] = {"surrounding": surrounding, "directory": directory, "on_progress": on_progress}
+    if isinstance(settings, HarvestSettings):
+        return harvest(denoiser, concepts, settings, **kept)
+    return build(denoiser, concepts, settings, screen=screen, **kept)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import folder_paths
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..core import delta_file
 from ..core.ablation import DELTA_FILE, Task, check_tasks, report_inputs
@@ -18,6 +19,7 @@ from ..core.hosts.comfyui import opened, patched
 from ..core.metrics import Judge
 from ..core.report import before_after_grid, write_report
 from ..core.samplers import SAMPLERS, SampleSettings
+from . import instruments
 from .images import picture_as_image
 from .paths import numbered, safe_name
 from .progress import NodeProgress, memory_advice, show_text
@@ -97,6 +99,29 @@ class ConceptAblationEvaluate(io.ComfyNode):
                     optional=True,
                     tooltip="The text encoder of model_after; without it the one before the edit.",
                 ),
+                io.Int.Input(
+                    "misspellings",
+                    default=0,
+                    min=0,
+                    max=100,
+                    optional=True,
+                    tooltip="Also measure so many prompts that misspell the target; 0 is none.",
+                ),
+                io.Boolean.Input(
+                    "composition",
+                    default=False,
+                    optional=True,
+                    tooltip="Also measure whether words of colour, place, size and style are still obeyed.",
+                ),
+                instruments.original_input("whose copies are counted"),
+                instruments.detector_input(),
+                io.String.Input(
+                    "inception",
+                    default="",
+                    optional=True,
+                    tooltip="clean-fid's inception-2015-12-05.pt below ComfyUI's models folder, for KID over Inception "
+                    "features; a program, so take it from NVIDIA or clean-fid only. Empty: not measured.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -129,10 +154,17 @@ class ConceptAblationEvaluate(io.ComfyNode):
         delta: Delta | None = None,
         model_after: ModelPatcher | None = None,
         clip_after: CLIP | None = None,
+        misspellings: int = 0,
+        composition: bool = False,
+        original: Tensor | None = None,
+        copy_detector: str = "",
+        inception: str = "",
     ) -> io.NodeOutput:
         check_tasks(concepts)
         sample = SampleSettings(steps, cfg, sampler)
-        settings = EvaluationSettings(prompts, images_per_prompt, sample, images_at_once, seed)
+        settings = EvaluationSettings(
+            prompts, images_per_prompt, sample, images_at_once, seed, misspellings, composition
+        )
         after_model, after_clip = edited(model, clip, delta, model_after, clip_after)
         reports = Path(folder_paths.get_output_directory()) / "concept_ablation"
         require_writable(reports)
@@ -143,10 +175,11 @@ class ConceptAblationEvaluate(io.ComfyNode):
             with opened(model, clip, vae, **size) as denoiser:
                 jobs = make_jobs(denoiser, *names, settings)
                 referee = Judge.load(judge_source(judge), denoiser.device)
+                measured = instruments.load(concepts, original, copy_detector, inception, denoiser.device)
                 before = draw(denoiser, jobs, settings, _BEFORE, progress)
             with opened(after_model, after_clip, vae, **size) as denoiser:
                 after = draw(denoiser, jobs, settings, _AFTER, progress)
-                found = compare(jobs, before, after, referee, settings)
+                found = compare(jobs, before, after, referee, settings, measured)
         report = numbered(reports, safe_name(folder, "evaluation"))
         file = None
         if delta is not None:
@@ -200,9 +233,14 @@ def judge_source(judge: str) -> str | Path | None:
 
 
 def table(found: Evaluation) -> str:
-    """The CLIP accuracies as lines of text."""
+    """The CLIP accuracies, and copy rates where they were measured, as lines of text."""
     lines = [
         f"{row.name} ({row.role}): {row.before.clip_accuracy:.0%} → {row.after.clip_accuracy:.0%}"
         for row in found.concepts
     ]
+    for row in found.concepts:
+        if row.details is not None and row.details.copies is not None:
+            rates = row.details.copies
+            change = f"{rates.rate_before.value:.0%} → {rates.rate_after.value:.0%}"
+            lines.append(f"copies of the original, {row.name} ({row.role}): {change}")
     return "\n".join([f"Pictures recognised by the judge ({found.judge}), before → after:", *lines])

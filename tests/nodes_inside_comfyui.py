@@ -26,7 +26,7 @@ from concept_ablation.core.dataset import AblationDataset, DatasetSettings, Plan
 from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.nodes import NODES, ablate, dataset, deltas, evaluate, paths
+from concept_ablation.nodes import NODES, ablate, dataset, deltas, evaluate, leaks, paths
 from concept_ablation.nodes.concept import ConceptAblationConcept, names
 from concept_ablation.nodes.emoji import ConceptAblationLoadEmojiDiffusion
 from concept_ablation.nodes.instant import ConceptAblationInstant
@@ -37,6 +37,8 @@ NAMES = {
     "ConceptAblationAblate": "Ablate Concept",
     "ConceptAblationInstant": "Ablate Concept (instant)",
     "ConceptAblationEvaluate": "Evaluate Ablation",
+    "ConceptAblationScanForLeaks": "Scan for Leaks",
+    "ConceptAblationFindAnchors": "Find Anchors of Memorized Image",
     "ConceptAblationSaveDelta": "Save Ablation Delta",
     "ConceptAblationLoadDelta": "Load Ablation Delta",
     "ConceptAblationApplyDelta": "Apply Ablation Delta",
@@ -344,6 +346,13 @@ def test_from_concept_to_report(folders, sent):
         assert (found["delta"] is None) == (number == 2)
         assert "tropical fish (target):" in report.ui["text"][0]
     assert (folders.output / "concept_ablation" / "x_00001" / "delta.safetensors").is_file()
+
+    tiny = {"each": 1, "seeds": 1, "suspects": 1, "more_seeds": 1, "synonyms": "clownfish"}
+    searched = {"delta": delta, "concepts": concepts, **tiny, **shared, **small}
+    sheet, prompts = run(leaks.ConceptAblationScanForLeaks, **searched).args
+    assert sheet.shape[0] == 1 and isinstance(prompts, str)
+    told = json.loads((folders.output / "concept_ablation" / "leaks_00001" / "leaks.json").read_text("utf-8"))
+    assert told["target"] == "tropical fish" and "a clownfish" in {one["prompt"] for one in told["findings"]}
 
 
 def test_the_quick_presets(folders, sent):

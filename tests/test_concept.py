@@ -63,8 +63,8 @@ def test_texts_are_collapsed_and_blank_or_repeated_prompts_dropped() -> None:
         ({"target": "x" * 1001, "anchor": "cat", "kind": "memorized"}, "1001 characters; use at most 1,000"),
         ({"target": "Tom", "anchor": "cat", "anchor_prompts": ("a cat", "a dog", "a cow")}, "'a dog' lacks the anchor"),
         ({"target": "Tom", "anchor": "cat", "anchor_prompts": ("concatenate",)}, "lacks the anchor"),
-        ({"target": "Tom", "anchor": "cat", "target_prompts": ("Tom",)}, "memorized images only"),
-        ({"target": "Monet", "anchor": "painting", "kind": "style", "target_prompts": ("x",)}, "memorized images only"),
+        ({"target": "Tom", "anchor": "cat", "target_prompts": ("x => X",)}, "two different ones"),
+        ({"target": "Tom", "anchor": "cat", "target_prompts": ("x => a Tom",)}, "names the target"),
         ({"target": "Tom", "anchor": "cat", "anchor_prompts": ("a cat", "tom the cat")}, "names the target 'Tom'"),
         ({"target": "Monet", "anchor": "art", "kind": "style", "anchor_prompts": ("a Monet",)}, "names the target"),
     ],
@@ -245,3 +245,19 @@ def test_judge_texts() -> None:
         "an oil painting",
     )
     assert judge_texts("Ann Graham Lotz", CAPTION) == ("Ann Graham Lotz",)
+
+
+def test_further_target_prompts_join_the_first_pairs_with_their_anchors():
+    further = ("a cockerel and a child => a bird and a child", "chanticleer")
+    concept = Concept("rooster", "bird", target_prompts=further)
+    plain = pairs(Concept("rooster", "bird"), BUILT_IN)
+    made = pairs(concept, BUILT_IN)
+    assert made[:4] == (
+        plain[0],
+        PromptPair("a bird and a child", "a cockerel and a child"),
+        plain[1],
+        PromptPair("a bird", "chanticleer"),
+    )
+    assert made[4:] == plain[2:]
+    styled = Concept("Monet", "painting", "style", target_prompts=("water lilies => a painting of a pond",))
+    assert pairs(styled, BUILT_IN)[1] == PromptPair("a painting of a pond", "water lilies")

@@ -109,6 +109,12 @@ def test_what_a_preset_does_not_do_is_refused(tiny, preset, options, message):
         recipe(preset, tiny, **options)
 
 
+@pytest.mark.parametrize("preset", ["instant", "fast"])
+def test_memorized_images_need_a_preset_that_draws_and_trains_all_weights(tiny, preset):
+    with pytest.raises(AblationError, match=rf"'{preset}' does not serve memorized images.*choose the preset balanced"):
+        recipe(preset, tiny, "memorized")
+
+
 @pytest.mark.parametrize(
     "parts",
     [

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from concept_ablation import cli
 from concept_ablation.core import delta_file
@@ -64,6 +65,7 @@ def deltas(tmp_path):
         ({"seed": "-1"}, "seed", "from 0"),
         ({"neighbours": "-1"}, "neighbours", "at least 0"),
         ({"neighbours": "3", "preset": "paper"}, "neighbours", "preserves nothing"),
+        ({"kind": "memorized", "preset": "fast"}, "preset", "choose the preset balanced"),
         ({"steps": "3", "preset": "instant"}, "steps", "no steps"),
         ({"preserve": "3", "preset": "instant"}, "preserve", "no preserve"),
         ({"subset": "attn", "preset": "instant"}, "subset", "not the subset 'attn'"),
@@ -98,6 +100,21 @@ def test_a_good_form_becomes_a_request():
     assert request.dataset == {"images": 2, "preserve": 1}
     assert (request.objective, request.subset, request.seed) == ("noise", None, 5)
     assert (request.evaluation.prompts, request.evaluation.seeds, request.evaluation.sample.steps) == (1, 1, 2)
+
+
+def test_a_memorized_picture_is_read_and_its_anchor_may_be_left_to_the_search(tmp_path):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "red.png")
+    form = replace(TINY, kind="memorized", target="a red caption", anchor="", original=str(tmp_path / "red.png"))
+    request, errors = check(replace(form, misspellings="4", composition=True))
+    assert errors == {} and request.find_anchors and request.original.shape == (3, 4, 3)
+    assert (request.evaluation.misspellings, request.evaluation.composition) == (4, True)
+    request, errors = check(replace(form, anchor="a blue caption"))
+    assert errors == {} and not request.find_anchors and request.task.concept.anchor == "a blue caption"
+    assert set(check(replace(form, original=None))[1]) == {"anchor"}
+    assert set(check(replace(form, original=str(tmp_path / "none.png")))[1]) == {"original", "anchor"}
+    # a picture that was uploaded for another kind is hidden, and has no say
+    request, _ = check(replace(form, kind="instance", target="shark", anchor="fish"))
+    assert request.original is None
 
 
 @pytest.mark.parametrize(
@@ -139,6 +156,7 @@ def test_the_hints_are_the_presets_own_values():
     assert preset_values("balanced", "instance")["steps"] == "100"
     assert preset_values("instant", "instance")["steps"] == "none"
     assert preset_values("fast", "style")["images"] == "12"
+    assert set(preset_values("fast", "memorized").values()) == {""}
     assert preset_values("paper", "memorized") | {"steps": "800", "images": "1000"} == preset_values(
         "paper", "memorized"
     )

@@ -13,13 +13,14 @@ from ..core.errors import AblationError
 from ..core.presets import PRESETS
 from ..core.subsets import SUBSETS
 from ..core.trainer import OBJECTIVES, PHASE
-from . import views
+from . import evidence_fields, views
 from .ablating import AblationResult, ablation
 from .compat import in_turn, private
-from .form import FIELDS, PRESET, Form, check, preset_values, suggest_anchor
+from .form import FIELDS, HINTED, PRESET, Form, check, preset_values, suggest_anchor
 from .host import Host
 from .jobs import Job, Runner
 from .library import export_lora
+from .words import ANCHOR_WORDS, KIND_LABELS, TARGET_WORDS
 
 # On a narrow page the right side lies below the form: bring into view what was started, or what is wrong.
 _SHOW_JS = """() => {
@@ -30,19 +31,6 @@ _SHOW_JS = """() => {
 _START, _QUEUE = "Ablate", "Add to the queue"
 _LATE_FIELDS = ("model", "subset", "eval_prompts")
 """Fields whose errors can be found only when the model is there."""
-_HINTED = ("steps", "batch", "images", "preserve", "sampling", "neighbours")
-"""Fields that show the preset's value while they are empty."""
-_KIND_LABELS = {"instance": "A thing, animal or character", "style": "A style", "memorized": "A memorized picture"}
-_TARGET_WORDS = {
-    "instance": ("Remove", "Grumpy Cat"),
-    "style": ("Remove the style", "Van Gogh"),
-    "memorized": ("Caption that reproduces the picture", "the exact words that bring it up"),
-}
-_ANCHOR_WORDS = {
-    "instance": ("Draw instead", "a broader word: cat"),
-    "style": ("Draw instead", "what the style is a style of: painting"),
-    "memorized": ("Draw instead", "a caption that does not reproduce it"),
-}
 
 
 class AblatePage:
@@ -88,10 +76,10 @@ class AblatePage:
         return component
 
     def _build_form(self) -> None:
-        self._field("target", gr.Textbox(label=_TARGET_WORDS["instance"][0], placeholder="Grumpy Cat", max_lines=2))
-        anchor_label, anchor_hint = _ANCHOR_WORDS["instance"]
+        self._field("target", gr.Textbox(label=TARGET_WORDS["instance"][0], placeholder="Grumpy Cat", max_lines=2))
+        anchor_label, anchor_hint = ANCHOR_WORDS["instance"]
         self._field("anchor", gr.Textbox(label=anchor_label, placeholder=anchor_hint, max_lines=2))
-        kinds = [(_KIND_LABELS[kind], kind) for kind in get_args(Kind)]
+        kinds = [(KIND_LABELS[kind], kind) for kind in get_args(Kind)]
         self._field("kind", gr.Dropdown(kinds, value="instance", label="It is"))
         self._field(
             "surrounding",
@@ -101,6 +89,7 @@ class AblatePage:
             "captions",
             gr.Textbox(label="Further captions of the picture, one a line", lines=3, max_lines=8, visible=False),
         )
+        self._field("original", evidence_fields.original())
         presets = [(name.capitalize(), name) for name in PRESETS]
         self._field("preset", gr.Dropdown(presets, value="balanced", label="Preset", info=_about("balanced")))
         models = [(choice.label, choice.value) for choice in self._host.models]
@@ -159,8 +148,15 @@ class AblatePage:
             number("eval_prompts", "Prompts a concept")
             number("eval_seeds", "Pictures a prompt")
             number("seed", "Seed")
+        evidence_fields.measured(self._field, number)
         self._field("name", gr.Textbox(label="Name of the saved file", placeholder="made of the concept", max_lines=1))
-        for name, hint in (("rate", "the preset's"), ("eval_prompts", "5"), ("eval_seeds", "4"), ("seed", "0")):
+        for name, hint in (
+            ("rate", "the preset's"),
+            ("eval_prompts", "5"),
+            ("eval_seeds", "4"),
+            ("seed", "0"),
+            ("misspellings", "0"),
+        ):
             self.fields[name].placeholder = hint
 
     def _build_side(self) -> None:
@@ -210,10 +206,10 @@ class AblatePage:
         filled = [f["anchor"], self._errors["anchor"]]
         f["target"].blur(self._suggest, suggestion, filled, **quiet)
         f["target"].submit(self._suggest, suggestion, filled, **quiet)
-        worded = [f["target"], f["anchor"], f["captions"]]
+        worded = [f["target"], f["anchor"], f["captions"], f["original"]]
         f["kind"].change(self._words, f["kind"], worded, **quiet)
         f["kind"].input(self._suggest_again, suggestion, f["anchor"], **quiet)
-        hinted = [f["preset"], *(f[name] for name in _HINTED)]
+        hinted = [f["preset"], *(f[name] for name in HINTED)]
         for name in ("kind", "preset"):
             f[name].change(self._hints, [f["preset"], f["kind"]], hinted, **quiet)
         self._chosen.input(self._show_chosen, [self._session, self._chosen], self._result_outputs, **quiet)
@@ -357,17 +353,17 @@ class AblatePage:
 
     @staticmethod
     def _words(kind: str) -> list[Any]:
-        target, anchor = _TARGET_WORDS[kind], _ANCHOR_WORDS[kind]
+        target, anchor = TARGET_WORDS[kind], ANCHOR_WORDS[kind]
         return [
             gr.update(label=target[0], placeholder=target[1]),
             gr.update(label=anchor[0], placeholder=anchor[1]),
-            gr.update(visible=kind == "memorized"),
+            *(gr.update(visible=kind == "memorized") for _ in range(2)),
         ]
 
     @staticmethod
     def _hints(preset: str, kind: str) -> list[Any]:
         values = preset_values(preset, kind)
-        return [gr.update(info=_about(preset)), *(gr.update(placeholder=values[name]) for name in _HINTED)]
+        return [gr.update(info=_about(preset)), *(gr.update(placeholder=values[name]) for name in HINTED)]
 
 
 def _hidden() -> Any:

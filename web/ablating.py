@@ -13,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.ablation import ablate, report_inputs
+from ..core.ablation import Task, ablate, report_inputs, screen_of
 from ..core.denoiser import Denoiser
 from ..core.errors import AblationError, Interrupted
 from ..core.evaluation import Evaluation, evaluate, make_jobs
 from ..core.files import require_writable
+from ..core.instruments import Instruments, load_instruments
+from ..core.memorized import SearchSettings, find_anchors, paraphrases_of
 from ..core.metrics import Judge
 from ..core.presets import Recipe, recipe
 from ..core.progress import Progress, ProgressCallback
 from ..core.report import write_report
 from ..core.samplers import SampleSettings
+from ..core.screening import Screen
 from ..core.subsets import select
 from ..core.trainer import PHASE
 from .form import Request
@@ -86,19 +89,29 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
             denoiser, judge = _load(host, request.model, stack)
             made_by = _recipe(request, denoiser)
             job.expected = stages_of(made_by)
-            concepts, surrounding = [request.task.concept], [request.task.surrounding]
+            instruments = _instruments(request, denoiser)
+            task = request.task
+            concepts, surrounding = [task.concept], [task.surrounding]
             try:
                 make_jobs(denoiser, concepts, surrounding, request.evaluation)
             except AblationError as error:
                 raise FieldError("eval_prompts", str(error)) from error
-            folder = _folder(host, request, made_by, denoiser)
             on_progress = _watch(host, job, denoiser)
             stack.callback(host.show, None)
-            made = ablate(denoiser, [request.task], made_by, directory=folder / "dataset", on_progress=on_progress)
-            path = save_new(made.delta, host.delta_folder, request.name or name_for(request.task.concept))
+            if request.find_anchors:
+                task = _with_found_anchors(request, denoiser, instruments, on_progress)
+                concepts = [task.concept]
+            screen = screen_of(instruments)
+            folder = _folder(host, request, task, made_by, denoiser, screen)
+            made = ablate(
+                denoiser, [task], made_by, directory=folder / "dataset", screen=screen, on_progress=on_progress
+            )
+            path = save_new(made.delta, host.delta_folder, request.name or name_for(task.concept))
             job.saved = path.name
-            found = evaluate(denoiser, made.delta, concepts, surrounding, judge, request.evaluation, on_progress)
-            write_report(folder, report_inputs(denoiser, [request.task], path, found, recipe=made_by, made=made))
+            found = evaluate(
+                denoiser, made.delta, concepts, surrounding, judge, request.evaluation, on_progress, instruments
+            )
+            write_report(folder, report_inputs(denoiser, [task], path, found, recipe=made_by, made=made))
         return AblationResult(path, folder, found, time.perf_counter() - start)
 
     return work
@@ -160,11 +173,42 @@ def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
     return made
 
 
-def _folder(host: Host, request: Request, made_by: Recipe, denoiser: Denoiser) -> Path:
+def _instruments(request: Request, denoiser: Denoiser) -> Instruments:
+    if request.original is None:
+        return Instruments()
+    originals = {request.task.concept.target: request.original}
+    try:
+        return load_instruments(originals=originals, device=denoiser.device)
+    except AblationError as error:
+        raise FieldError("original", str(error)) from error
+
+
+def _with_found_anchors(
+    request: Request, denoiser: Denoiser, instruments: Instruments, on_progress: ProgressCallback
+) -> Task:
+    caption = request.task.concept.target
+    assert instruments.detector is not None
+    found = find_anchors(
+        denoiser,
+        caption,
+        instruments.originals[caption],
+        instruments.detector,
+        paraphrases_of(caption, SearchSettings().paraphrases),
+        SearchSettings(sample=request.evaluation.sample, first_seed=request.seed),
+        on_progress,
+    )
+    return replace(request.task, concept=found.concept)
+
+
+def _folder(
+    host: Host, request: Request, task: Task, made_by: Recipe, denoiser: Denoiser, screen: Screen | None
+) -> Path:
     """One folder for each set of settings and model, so that a cancelled run goes on with the pictures it has."""
-    facts = [asdict(request.task), asdict(made_by), asdict(request.evaluation), denoiser.fingerprint()]
+    facts = [asdict(task), asdict(made_by), asdict(request.evaluation), denoiser.fingerprint()]
+    if screen is not None:
+        facts.append(screen.described)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
-    return host.output_folder / "runs" / f"{safe_name(request.task.concept.target)[:40]}-{digest}"
+    return host.output_folder / "runs" / f"{safe_name(task.concept.target)[:40]}-{digest}"
 
 
 def _watch(host: Host, job: Job, denoiser: Denoiser | None) -> ProgressCallback:

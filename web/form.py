@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_args
+
+import numpy as np
 
 from ..core.ablation import Task, check_tasks
 from ..core.concept import MAX_CAPTION_LENGTH, Concept, Kind
 from ..core.dataset import DatasetSettings
 from ..core.errors import AblationError
 from ..core.evaluation import EvaluationSettings
-from ..core.presets import PRESETS, Recipe, recipe
+from ..core.instruments import read_picture
+from ..core.presets import PRESETS, Recipe, check_serves, recipe
 from ..core.prompts import collapse
 from ..core.samplers import SampleSettings
 from ..core.subsets import SUBSETS
@@ -26,8 +30,12 @@ PRESET = "the preset's"
 """The choice of objective and subset that leaves them to the preset."""
 MAX_SEED = 2**63 - 1
 MAX_LINES = 1000
+TO_BE_FOUND = "paraphrases of it"
+"""What the anchor of a memorized picture is called until it is found."""
 _TRAINING = {"steps": "steps", "rate": "learning_rate", "batch": "batch"}
 """Fields of the form by those of `TrainSettings`."""
+HINTED = ("steps", "batch", "images", "preserve", "sampling", "neighbours")
+"""Fields that show the preset's value while they are empty."""
 _NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
 
@@ -60,6 +68,10 @@ class Form:
     """Anchor prompts, one a line."""
     captions: str = ""
     """Further captions of a memorized image, one a line."""
+    original: str | None = None
+    """Path of the memorized picture."""
+    misspellings: str = ""
+    composition: bool | str = False
 
 
 FIELDS = tuple(item.name for item in fields(Form))
@@ -83,6 +95,10 @@ class Request:
     dataset: Mapping[str, Any] = field(default_factory=dict)
     sampling: int | None = None
     """Sampling steps of the dataset's and the evaluation's images."""
+    original: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """The memorized picture, uint8 [height, width, 3]."""
+    find_anchors: bool = False
+    """Whether what is drawn instead is still to be found among paraphrases; the task's anchor only says so."""
     auto_preserve: int | None = None
 
 
@@ -119,6 +135,12 @@ class _Checker:
 def check(form: Form) -> tuple[Request | None, dict[str, str]]:
     """The request that a form makes, or None and one sentence for each field that is wrong."""
     checker = _Checker(form)
+    original = (
+        checker.run("original", lambda: read_picture(Path(str(form.original)))) if _shows_original(form) else None
+    )
+    searched = original is not None and not collapse(form.anchor)
+    if searched:
+        form = checker.form = replace(form, anchor=TO_BE_FOUND)
     task = _task(checker)
     training = {
         "steps": checker.number("steps", int, "The number of steps", lambda value: TrainSettings(steps=value)),
@@ -143,6 +165,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         "seeds": checker.number(
             "eval_seeds", int, "The number of pictures", lambda value: EvaluationSettings(seeds=value)
         ),
+        "misspellings": checker.number(
+            "misspellings", int, "The number of prompts", lambda value: EvaluationSettings(misspellings=value)
+        ),
     }
     neighbours = checker.number("neighbours", int, "The number of neighbours", _check_neighbours)
     seed = checker.number("seed", int, "The seed", _check_seed)
@@ -157,7 +182,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         model=str(form.model).strip(),
         task=task,
         preset=form.preset,
-        evaluation=EvaluationSettings(**{"prompts": 5, "seeds": 4, **_given(shown)}, sample=sample),
+        evaluation=EvaluationSettings(
+            **{"prompts": 5, "seeds": 4, **_given(shown)}, sample=sample, composition=bool(form.composition)
+        ),
         name=form.name,
         seed=seed or 0,
         objective=None if form.objective == PRESET else form.objective,
@@ -165,9 +192,16 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         training=_given(training),
         dataset=_given(dataset),
         sampling=sampling,
+        original=original,
+        find_anchors=searched,
         auto_preserve=neighbours,
     )
     return request, {}
+
+
+def _shows_original(form: Form) -> bool:
+    """Whether there is a picture; one that was uploaded for another kind is hidden, and has no say."""
+    return bool(form.original) and form.kind == "memorized"
 
 
 def suggest_anchor(target: str, kind: str, style_anchor: str, categories: Mapping[str, str] = _NOTHING_KNOWN) -> str:
@@ -189,8 +223,13 @@ def suggest_anchor(target: str, kind: str, style_anchor: str, categories: Mappin
 
 
 def preset_values(preset: str, kind: str) -> dict[str, str]:
-    """What a preset sets, by field, as hints for the empty ones."""
-    made = _recipe(preset, kind)
+    """What a preset sets, by field, as hints for the empty ones; those of a preset that does not serve the kind are
+    empty, and `check` says why.
+    """
+    try:
+        made = _recipe(preset, kind)
+    except AblationError:
+        return dict.fromkeys(HINTED, "")
     hints = {"neighbours": str(made.auto_preserve), "sampling": f"{SampleSettings().steps} to measure"}
     if made.training is None:
         return {**hints, **dict.fromkeys(("steps", "batch", "images", "preserve"), "none")}
@@ -258,6 +297,9 @@ def _combinations(
 ) -> None:
     """Say at its field what the preset has no use for."""
     form = checker.form
+    if "preset" in checker.errors:
+        return
+    checker.run("preset", lambda: check_serves(form.preset, form.kind))
     if "preset" in checker.errors:
         return
     changes: dict[str, dict[str, Any]] = {

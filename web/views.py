@@ -25,11 +25,17 @@ from .jobs import Job
 from .library import Saved
 
 STYLE = Path(__file__).with_name("style.css")
-MAX_PAIRS = {"target": 6, "anchor": 3, "surrounding": 3}
+MAX_PAIRS = {"target": 6, "anchor": 3, "surrounding": 3, "misspelled": 3, "composed": 3}
 """At most so many pairs of a concept are on the page; the report has more."""
 CHART_POINTS = 240
 _THUMBNAIL = 256
-_ROLES = {"target": "removed", "anchor": "drawn instead", "surrounding": "to be kept"}
+_ROLES = {
+    "target": "removed",
+    "anchor": "drawn instead",
+    "surrounding": "to be kept",
+    "misspelled": "removed, misspelled",
+    "composed": "in a composition",
+}
 _STAGE_WORDS = dict(
     zip(
         STAGES,
@@ -146,6 +152,7 @@ def metrics(evaluation: Evaluation) -> str:
         f'<td class="ca-wide">{result.after.clip_score:.3f}</td></tr>'
         for result in evaluation.concepts
     )
+    rows += "".join(_copies(result) for result in evaluation.concepts)
     pictures = evaluation.concepts[0].images_before.shape[0] * evaluation.concepts[0].images_before.shape[1]
     return (
         '<table class="ca-table"><thead><tr><th scope="col">Recognised by the judge</th><th scope="col">before</th>'
@@ -154,6 +161,18 @@ def metrics(evaluation: Evaluation) -> str:
         f'<p class="ca-small">Of {pictures} {"picture" if pictures == 1 else "pictures"} each, the share that '
         f"{escape(evaluation.judge)} takes for its own concept: the target and its neighbours against the anchor, the "
         "anchor against the target. The target should fall, the others should stay.</p>"
+    )
+
+
+def _copies(result: ConceptResult) -> str:
+    """A row with the copy rates of one concept's pictures; nothing where they were not measured."""
+    if result.details is None or result.details.copies is None:
+        return ""
+    before, after = result.details.copies.rate_before, result.details.copies.rate_after
+    return (
+        f'<tr><th scope="row">{escape(result.name)}<small>copies of the picture, {_ROLES[result.role]}</small></th>'
+        f"<td>{before.value:.0%}</td><td><strong>{after.value:.0%}</strong></td>"
+        '<td class="ca-wide"></td><td class="ca-wide"></td></tr>'
     )
 
 

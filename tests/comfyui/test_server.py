@@ -12,6 +12,8 @@ NODES = {
     "ConceptAblationBuildDataset": ["ABLATION_DATASET", "IMAGE"],
     "ConceptAblationAblate": ["MODEL", "CLIP", "ABLATION_DELTA", "IMAGE"],
     "ConceptAblationEvaluate": ["IMAGE", "STRING", "STRING"],
+    "ConceptAblationScanForLeaks": ["IMAGE", "STRING"],
+    "ConceptAblationFindAnchors": ["CONCEPT", "STRING"],
     "ConceptAblationSaveDelta": ["STRING"],
     "ConceptAblationLoadDelta": ["MODEL", "CLIP", "ABLATION_DELTA"],
     "ConceptAblationApplyDelta": ["MODEL", "CLIP"],

@@ -1,0 +1,76 @@
+"""The command `concept-ablation evaluate`: what a delta does, measured on held-out prompts."""
+
+from __future__ import annotations
+
+from .cli_options import (
+    AnchorPrompts,
+    Anchors,
+    Composition,
+    DeltaFile,
+    Detector,
+    Device,
+    EvalPrompts,
+    EvalSeeds,
+    Inception,
+    JudgeOption,
+    KindOption,
+    Misspellings,
+    Model,
+    Original,
+    Output,
+    Precision,
+    Prediction,
+    Seed,
+    Surrounding,
+    TargetPrompts,
+    Targets,
+)
+from .cli_output import print_evaluation
+from .evidence_cli import load_edited, read_originals
+
+
+def evaluate(
+    delta: DeltaFile,
+    target: Targets,
+    anchor: Anchors,
+    output: Output,
+    model: Model = None,
+    kind: KindOption = "instance",
+    surrounding: Surrounding = None,
+    prompts: AnchorPrompts = None,
+    target_prompts: TargetPrompts = None,
+    eval_prompts: EvalPrompts = 10,
+    eval_seeds: EvalSeeds = 8,
+    misspellings: Misspellings = 0,
+    composition: Composition = False,
+    original: Original = None,
+    copy_detector: Detector = None,
+    inception: Inception = None,
+    judge: JudgeOption = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "auto",
+    prediction: Prediction = None,
+) -> None:
+    """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
+    from . import cli
+    from .core.ablation import report_inputs
+    from .core.evaluation import EvaluationSettings
+    from .core.evaluation import evaluate as measure
+    from .core.instruments import load_instruments
+    from .core.report import write_report
+
+    tasks = cli._tasks(target, anchor, kind, surrounding, prompts, target_prompts)
+    settings = EvaluationSettings(
+        prompts=eval_prompts, seeds=eval_seeds, first_seed=seed, misspellings=misspellings, composition=composition
+    )
+    originals = read_originals(target, kind, original)
+    edit, denoiser, referee = load_edited(delta, output, model, judge, device, precision, prediction)
+    instruments = load_instruments(
+        copy_detector=copy_detector, inception=inception, originals=originals, device=denoiser.device
+    )
+    with cli._progress() as on_progress:
+        concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
+        found = measure(denoiser, edit, concepts, names, referee, settings, on_progress, instruments)
+    write_report(output, report_inputs(denoiser, tasks, delta, found))
+    print_evaluation(found, output, cli.console)

@@ -1,0 +1,130 @@
+"""The command `concept-ablation leaks`: prompts that still reach a concept after its ablation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from .cli_options import (
+    AnchorPrompts,
+    DeltaFile,
+    Detector,
+    Device,
+    JudgeOption,
+    Model,
+    OneAnchor,
+    OneKind,
+    OneTarget,
+    Original,
+    Output,
+    Precision,
+    Prediction,
+    SampleSteps,
+    Seed,
+    TargetPrompts,
+)
+from .evidence_cli import concept_of, interval_words, known_words, load_edited, read_originals, recogniser
+
+if TYPE_CHECKING:
+    from .core.leaks import LeakReport
+
+_SHOWN = 20
+
+
+def leaks(
+    delta: DeltaFile,
+    output: Output,
+    target: OneTarget = None,
+    anchor: OneAnchor = None,
+    kind: OneKind = None,
+    model: Model = None,
+    feed_back: Annotated[
+        Path | None, typer.Option(help="Write the leaks to this text file, for --target-prompts of another ablation.")
+    ] = None,
+    synonym: Annotated[list[str] | None, typer.Option(help="Another name of the target; again for several.")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="What the target is one of; again for several.")] = None,
+    description: Annotated[
+        list[str] | None,
+        typer.Option(help="A whole prompt that means the target without naming it; again for several."),
+    ] = None,
+    style: Annotated[
+        list[str] | None, typer.Option(help="A style to ask for the target in; again for several.")
+    ] = None,
+    neighbour: Annotated[
+        list[str] | None, typer.Option(help="What the judge must tell the target from; again for several.")
+    ] = None,
+    prompts: AnchorPrompts = None,
+    target_prompts: TargetPrompts = None,
+    each: Annotated[int, typer.Option(help="Most prompts of a sort that are tried.")] = 12,
+    seeds: Annotated[int, typer.Option(help="Pictures of every prompt, before and after.")] = 3,
+    suspects: Annotated[int, typer.Option(help="Suspicious prompts that are drawn again.")] = 16,
+    more_seeds: Annotated[int, typer.Option(help="Pictures of each of those, which alone decide.")] = 12,
+    steps: SampleSteps = 25,
+    original: Original = None,
+    copy_detector: Detector = None,
+    judge: JudgeOption = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Precision = "auto",
+    prediction: Prediction = None,
+) -> None:
+    """Search prompts that still reach the target in spite of a delta; writes leaks.json and a sheet for each leak."""
+    from dataclasses import replace
+
+    from . import cli
+    from .core.instruments import load_instruments
+    from .core.leak_sheets import check_feed_back, write_feed_back, write_leaks
+    from .core.leaks import ScanSettings, scan
+    from .core.samplers import SampleSettings
+
+    settings = ScanSettings(each, seeds, suspects, more_seeds, sample=SampleSettings(steps=steps), first_seed=seed)
+    if feed_back is not None:
+        check_feed_back(feed_back)
+    edit, denoiser, referee = load_edited(delta, output, model, judge, device, precision, prediction)
+    concept = concept_of(edit, target, anchor, kind, prompts, target_prompts)
+    originals = read_originals([concept.target], concept.kind, original)
+    instruments = load_instruments(copy_detector=copy_detector, originals=originals, device=denoiser.device)
+    known = known_words(model, concept.target)
+    words = replace(
+        known,
+        categories=(*(category or ()), *known.categories),
+        synonyms=tuple(synonym or ()),
+        descriptions=tuple(description or ()),
+        styles=tuple(style or ()),
+        neighbours=(*(neighbour or ()), *known.neighbours),
+    )
+    with cli._progress() as on_progress:
+        recognise = recogniser(denoiser, referee, concept, instruments, words, settings, on_progress)
+        report = scan(denoiser, edit, concept, recognise, settings, words, on_progress)
+    sheets = write_leaks(output, report)
+    _show(report)
+    for text in report.not_tried:
+        cli.console.print(f"Not tried: {text}")
+    cli.console.print(
+        f"{len(report.leaks)} leaks, {len(sheets)} sheets of pictures: {(output / 'leaks.json').resolve()}"
+    )
+    if feed_back is not None:
+        count = write_feed_back(feed_back, report)
+        told = f"{count} prompts for --target-prompts in {feed_back}" if count else f"no leak, so no {feed_back}"
+        cli.console.print(f"Feed back: {told}")
+
+
+def _show(report: LeakReport) -> None:
+    from . import cli
+
+    table = Table(title=f"Prompts that may reach '{report.concept.target}' (the {_SHOWN} worst)")
+    for heading in ("verdict", "prompt", "sort"):
+        table.add_column(heading)
+    for heading in ("before", "after", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for one in report.findings[:_SHOWN]:
+        shares = f"{one.before.value:.2f}", f"{one.after.value:.2f}", interval_words(one.after)
+        table.add_row(one.verdict, one.candidate.prompt, one.candidate.family, *shares)
+    cli.console.print(table)
+    cli.console.print(
+        f"The target's own prompt: {report.target_before.value:.2f} before, {report.target_after.value:.2f} after. "
+        f"The anchor's pictures that are taken for the target: {report.false_alarms.value:.2f}."
+    )
