@@ -42,8 +42,10 @@ from .cli_options import (
     Targets,
 )
 from .cli_output import print_evaluation
+from .cli_processes import on_processes
 from .compress_cli import compress
 from .core.errors import AblationError
+from .sweep_cli import sweep
 from .web.app import ui
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ app = typer.Typer(
 console = Console(markup=False, emoji=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="On several GPUs or machines: accelerate launch -m concept_ablation.cli ablate ..., or torchrun.")
+@on_processes(console)
 def ablate(
     target: Targets,
     anchor: Anchors,
@@ -266,6 +269,7 @@ def demo(
 
 
 app.command()(compress)
+app.command()(sweep)
 app.command()(ui)
 
 

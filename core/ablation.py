@@ -20,6 +20,7 @@ from .files import require_writable
 from .harvest_training import train_harvested
 from .metrics import Judge
 from .neighbours import generic_prompts, nearest
+from .parallel import current
 from .phases import Meter, Phase
 from .presets import Recipe
 from .progress import ProgressCallback, Reporter
@@ -250,18 +251,23 @@ def ablate_and_report(
     output: Path,
     on_progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it.
+    """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it. Of several processes
+    (`parallel.joined`) the first writes the files.
 
     Raises:
         AblationError: as `ablate`, and an output folder that cannot be written (found before any work is done).
     """
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     make_jobs(denoiser, concepts, surrounding, evaluation)
-    require_writable(output)
+    writes = current().first
+    if writes:
+        require_writable(output)
     made = ablate(denoiser, tasks, recipe, directory=output / "dataset", on_progress=on_progress)
-    delta_file.save(made.delta, output / DELTA_FILE)
+    if writes:
+        delta_file.save(made.delta, output / DELTA_FILE)
     found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress)
-    write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
+    if writes:
+        write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
 
 

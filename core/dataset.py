@@ -145,28 +145,23 @@ def build(
     plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
-    if directory is not None:
-        shards.claim(directory, _manifest(plan, settings, concepts, model))
+    shards.claim(directory, _manifest(plan, settings, concepts, model))
     reporter = Reporter(on_progress, "Drawing the dataset", len(batches) * settings.sample.steps)
     column = 0 if settings.source == "anchor" else 1
-    latents = []
-    for number, rows in enumerate(batches):
-        shape = (len(rows), *denoiser.latent_shape)
-        found = None if directory is None else shards.read_shard(directory, number, {"latents": shape})
-        if found is None:
-            prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
-            seeds = [_row_seed(settings.seed, row) for row in rows]
-            drawn = sample_latents(
-                denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance(latents=step.denoised)
-            )
-            # fp16 also in memory, so that a dataset is the same whether or not it went through a file
-            found = {"latents": drawn.cpu().half()}
-            if directory is not None:
-                shards.write_shard(directory, number, found)
-        else:
-            reporter.advance(settings.sample.steps)
-        latents.append(found["latents"])
-    return AblationDataset(torch.cat(latents).float(), plan, settings, tuple(concepts), model)
+
+    def drawn(number: int) -> dict[str, Tensor]:
+        prompts = [plan.prompts[plan.rows[row][column]] for row in batches[number]]
+        seeds = [_row_seed(settings.seed, row) for row in batches[number]]
+        latents = sample_latents(
+            denoiser, prompts, seeds, settings.sample, lambda step: reporter.advance(latents=step.denoised)
+        )
+        # fp16 also in memory, so that a dataset is the same whether or not it went through a file
+        return {"latents": latents.cpu().half()}
+
+    shapes = [{"latents": (len(rows), *denoiser.latent_shape)} for rows in batches]
+    parts = shards.complete(directory, shapes, drawn, lambda: reporter.advance(settings.sample.steps))
+    latents = torch.cat([part["latents"] for part in parts]).float()
+    return AblationDataset(latents, plan, settings, tuple(concepts), model)
 
 
 def load(directory: Path) -> AblationDataset:
