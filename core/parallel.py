@@ -161,15 +161,15 @@ class Processes:
     def peer_stopped(self) -> PeerStopped:
         """The error that says which process has stopped, and why, as far as it has told."""
         with contextlib.suppress(RuntimeError):
-            self.store.wait([_STOPPED], timedelta(seconds=_LINGER))
+            deadline = time.monotonic() + _LINGER
+            while time.monotonic() < deadline and not self.store.check([_STOPPED]):
+                time.sleep(_LOOK)
+            if not self.store.check([_STOPPED]):
+                return _unexplained(self.size)
             note = json.loads(self.store.get(_STOPPED))
             message = f"Process {note['rank']} of {self.size} on {note['host']} stopped: {note['reason']}"
             return PeerStopped(message, note["host"] == socket.gethostname())
-        return PeerStopped(
-            f"One of the {self.size} processes ended or did not answer for {TIMEOUT.total_seconds() / 60:.0f} minutes, "
-            "and did not say why: read the messages of the others, then run the command again to go on.",
-            False,
-        )
+        return _unexplained(self.size)
 
     def leave(self, failed: bool) -> None:
         """End communication. The process that keeps the store stays until the others have left, but not for long."""
@@ -345,6 +345,15 @@ def _join(timeout: timedelta) -> Processes:
             "launch or torchrun, and check the address and port of the first machine."
         ) from error
     return Processes(rank, size, notes)
+
+
+def _unexplained(size: int) -> PeerStopped:
+    minutes = TIMEOUT.total_seconds() / 60
+    return PeerStopped(
+        f"One of the {size} processes ended or did not answer for {minutes:.0f} minutes, and did not say why: read the "
+        "messages of the others, then run the command again to go on.",
+        False,
+    )
 
 
 def _bytes(text: str) -> Tensor:

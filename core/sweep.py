@@ -43,7 +43,8 @@ class Resources:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus < 0 or (self.gpus or 0) < 0 or self.retries < 0 or (self.workers or 1) < 1:
+        few = self.workers is not None and self.workers < 1
+        if few or self.cpus < 0 or (self.gpus or 0) < 0 or self.retries < 0:
             raise AblationError("A sweep needs at least one worker, and no negative number of cores, GPUs or retries.")
 
 
