@@ -54,11 +54,13 @@ from .cli_options import (
     Targets,
 )
 from .cli_output import print_evaluation
+from .cli_processes import on_processes
 from .compress_cli import compress
 from .core.errors import AblationError
 from .evaluate_cli import evaluate
 from .evidence_cli import AnchorSearch, read_originals
 from .leaks_cli import leaks
+from .sweep_cli import sweep
 from .web.app import ui
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ app = typer.Typer(
 console = Console(markup=False, emoji=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog="On several GPUs or machines: accelerate launch -m concept_ablation.cli ablate ..., or torchrun.")
+@on_processes(console)
 def ablate(
     target: Targets,
     output: Output,
@@ -257,7 +260,7 @@ def demo(
     print_evaluation(found, output, console)
 
 
-for command in (evaluate, leaks, attack, compress, bench, ui):
+for command in (evaluate, leaks, attack, compress, bench, sweep, ui):
     app.command()(command)
 
 

@@ -21,6 +21,7 @@ from .harvest_training import train_harvested
 from .instruments import Instruments
 from .metrics import Judge
 from .neighbours import generic_prompts, nearest
+from .parallel import current
 from .phases import Meter, Phase
 from .presets import Recipe
 from .progress import ProgressCallback, Reporter
@@ -267,7 +268,8 @@ def ablate_and_report(
     *,
     instruments: Instruments | None = None,
 ) -> Evaluation:
-    """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it.
+    """Ablate, save `delta.safetensors` in `output`, evaluate it and write the report beside it. Of several processes
+    (`parallel.joined`) the first writes the files.
 
     Where `instruments` have memorized images, no copy of these is trained on.
 
@@ -276,13 +278,17 @@ def ablate_and_report(
     """
     concepts, surrounding = [task.concept for task in tasks], [task.surrounding for task in tasks]
     make_jobs(denoiser, concepts, surrounding, evaluation)
-    require_writable(output)
+    writes = current().first
+    if writes:
+        require_writable(output)
     instruments = instruments or Instruments()
     screen = screen_of(instruments)
     made = ablate(denoiser, tasks, recipe, directory=output / "dataset", screen=screen, on_progress=on_progress)
-    delta_file.save(made.delta, output / DELTA_FILE)
+    if writes:
+        delta_file.save(made.delta, output / DELTA_FILE)
     found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress, instruments)
-    write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
+    if writes:
+        write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
 
 

@@ -151,24 +151,23 @@ def build(
     plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
-    if directory is not None:
-        shards.claim(directory, _manifest(plan, settings, concepts, model, screen))
+    shards.claim(directory, _manifest(plan, settings, concepts, model, screen))
     reporter = Reporter(on_progress, "Drawing the dataset", len(batches) * settings.sample.steps)
     column = 0 if settings.source == "anchor" else 1
-    parts = []
-    for number, rows in enumerate(batches):
-        shapes = {"latents": (len(rows), *denoiser.latent_shape)} | ({} if screen is None else {"kept": (len(rows),)})
-        found = None if directory is None else shards.read_shard(directory, number, shapes)
-        if found is None:
-            prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
-            found = {"latents": _drawn(denoiser, prompts, rows, settings, reporter)}
-            if screen is not None:
-                found["kept"] = _screened(denoiser, prompts, rows, settings, screen, found["latents"], reporter)
-            if directory is not None:
-                shards.write_shard(directory, number, found)
-        else:
-            reporter.advance(settings.sample.steps)
-        parts.append(found)
+
+    def drawn(number: int) -> dict[str, Tensor]:
+        rows = batches[number]
+        prompts = [plan.prompts[plan.rows[row][column]] for row in rows]
+        found = {"latents": _drawn(denoiser, prompts, rows, settings, reporter)}
+        if screen is not None:
+            found["kept"] = _screened(denoiser, prompts, rows, settings, screen, found["latents"], reporter)
+        return found
+
+    shapes = [
+        {"latents": (len(rows), *denoiser.latent_shape)} | ({} if screen is None else {"kept": (len(rows),)})
+        for rows in batches
+    ]
+    parts = shards.complete(directory, shapes, drawn, lambda: reporter.advance(settings.sample.steps))
     latents = torch.cat([part["latents"] for part in parts]).float()
     if screen is not None:
         latents, plan = _kept(latents, plan, torch.cat([part["kept"] for part in parts]))

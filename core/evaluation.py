@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .composition import CompositionKept, composed_prompts, composition_kept, word_groups
@@ -23,6 +24,7 @@ from .errors import AblationError
 from .instruments import Instruments
 from .metrics import Judge, clip_accuracy, clip_score
 from .misspellings import misspelled_prompts
+from .parallel import current
 from .progress import ProgressCallback, Reporter
 from .samplers import SampleSettings, draw_images
 
@@ -234,16 +236,22 @@ def draw(
     seeds = settings.seed_range
     requests = [(prompt, seed) for job in jobs for prompt in job.prompts for seed in seeds]
     reporter = Reporter(on_progress, phase, len(requests) * settings.sample.steps)
-    images = draw_images(
-        denoiser,
-        [prompt for prompt, _ in requests],
-        [seed for _, seed in requests],
-        settings.sample,
-        batch=settings.batch,
-        reporter=reporter,
-    )
-    parts = np.split(images, np.cumsum([len(job.prompts) * len(seeds) for job in jobs])[:-1])
-    sets = [part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, parts, strict=True)]
+
+    def drawn(start: int) -> dict[str, Tensor]:
+        prompts, numbers = zip(*requests[start : start + settings.batch], strict=True)
+        made = draw_images(denoiser, prompts, numbers, settings.sample, batch=settings.batch, reporter=reporter)
+        return {"images": torch.from_numpy(made)}
+
+    parts = []
+    for _, part, own in current().spread(range(0, len(requests), settings.batch), drawn):
+        parts.append(part["images"].numpy())
+        if not own:
+            reporter.advance(len(parts[-1]) * settings.sample.steps)
+    images = np.concatenate(parts)
+    divided = np.split(images, np.cumsum([len(job.prompts) * len(seeds) for job in jobs])[:-1])
+    sets = [
+        part.reshape(len(job.prompts), len(seeds), *part.shape[1:]) for job, part in zip(jobs, divided, strict=True)
+    ]
     return Drawn(tuple(sets), time.perf_counter() - start)
 
 

@@ -138,23 +138,19 @@ def harvest(
     plan = make_plan(concepts, held, denoiser.prompt_source, settings.sizes)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
-    if directory is not None:
-        shards.claim(directory, _manifest(plan, settings, concepts, held, model))
+    shards.claim(directory, _manifest(plan, settings, concepts, held, model))
     reporter = Reporter(on_progress, "Harvesting", len(batches) * settings.sample.steps)
-    parts = []
-    for number, rows in enumerate(batches):
-        count = len(rows) * len(settings.kept)
-        shapes = dict.fromkeys(("x", "prediction"), (count, *denoiser.latent_shape)) | {"sigma": (count,)}
-        found = None if directory is None else shards.read_shard(directory, number, shapes)
-        if found is None:
-            prompts = [plan.prompts[plan.rows[row][0]] for row in rows]
-            seeds = [_trajectory_seed(settings.seed, row) for row in rows]
-            found = _sample(denoiser, prompts, seeds, settings, reporter)
-            if directory is not None:
-                shards.write_shard(directory, number, found)
-        else:
-            reporter.advance(settings.sample.steps)
-        parts.append(found)
+
+    def sampled(number: int) -> dict[str, Tensor]:
+        prompts = [plan.prompts[plan.rows[row][0]] for row in batches[number]]
+        seeds = [_trajectory_seed(settings.seed, row) for row in batches[number]]
+        return _sample(denoiser, prompts, seeds, settings, reporter)
+
+    counts = [len(rows) * len(settings.kept) for rows in batches]
+    shapes = [
+        dict.fromkeys(("x", "prediction"), (count, *denoiser.latent_shape)) | {"sigma": (count,)} for count in counts
+    ]
+    parts = shards.complete(directory, shapes, sampled, lambda: reporter.advance(settings.sample.steps))
     rows_of = {name: torch.cat([part[name] for part in parts]) for name in ("x", "sigma", "prediction")}
     return Harvest(**rows_of, plan=plan, settings=settings, concepts=tuple(concepts), surrounding=held, model=model)
 

@@ -19,6 +19,7 @@ from .denoiser import Denoiser
 from .errors import AblationError
 from .harvest import Harvest
 from .losses import model_based
+from .parallel import current
 from .progress import ProgressCallback
 from .subsets import empty_delta
 from .trainer import Prompts, TrainResult, TrainSettings, optimize, sent, shuffled
@@ -26,13 +27,17 @@ from .trainer import Prompts, TrainResult, TrainSettings, optimize, sent, shuffl
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one step, on the model's device but for `target`: those that ablate first, then those that preserve."""
+    """This process's rows of one step, on the model's device but for `target`: those that ablate first, then those that
+    preserve.
+    """
 
     x: Tensor
     sigma: Tensor
     teacher: Tensor
     target: Tensor
     """Which prompts, on the CPU: the text encoder is asked by name."""
+    of_all: tuple[int, int]
+    """How many rows ablate and preserve, those of other processes among them."""
 
 
 def train_harvested(
@@ -70,11 +75,17 @@ def train_harvested(
     def losses(attachment: Attachment) -> Iterator[tuple[Tensor, Tensor]]:
         prompts = Prompts(denoiser, harvest.plan.prompts, attachment, settings.subset)
         nothing = torch.zeros((), device=denoiser.device)
-        count = settings.batch
+        processes = current()
+        count = processes.count(settings.batch)
         for batch in _batches(harvest, settings, denoiser.device):
             student = denoiser.direction(batch.x, batch.sigma, prompts.student(batch.target))
-            preserved = model_based(student[count:], batch.teacher[count:]) if len(student) > count else nothing
-            yield model_based(student[:count], batch.teacher[:count]), settings.preserve_weight * preserved
+            ablating, preserving = batch.of_all
+            objective = processes.part(model_based(student[:count], batch.teacher[:count]), count, ablating)
+            preserved = nothing
+            if len(student) > count:
+                held = model_based(student[count:], batch.teacher[count:])
+                preserved = processes.part(held, len(student) - count, preserving)
+            yield objective, settings.preserve_weight * preserved
 
     return optimize(denoiser, delta, settings, losses, on_progress)
 
@@ -119,6 +130,8 @@ def _batches(harvest: Harvest, settings: TrainSettings, device: torch.device) ->
     preserve = shuffled(preserving.nonzero().flatten(), settings.preserve_batch, generator)
     for _ in range(settings.steps):
         rows = torch.cat((next(ablate), next(preserve)))
+        of_all = settings.batch, len(rows) - settings.batch
+        rows = current().mine(rows)
         chosen = (tensor[rows] for tensor in (harvest.x, harvest.sigma, harvest.prediction))
         x, sigma, teacher = (sent(tensor, device) for tensor in chosen)
-        yield _Batch(x, sigma, teacher.float(), targets[rows])
+        yield _Batch(x, sigma, teacher.float(), targets[rows], of_all)

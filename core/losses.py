@@ -34,13 +34,12 @@ def noise_based(student: Tensor, truth: Tensor) -> Tensor:
     return (truth - student).square().mean()
 
 
-def loss_maximization(student: Tensor, truth: Tensor, distance: Tensor, weight: float) -> Tensor:
+def loss_maximization(loss: Tensor, distance: Tensor, weight: float) -> Tensor:
     """Eq. 7, the naive baseline: max(1 - L(x*, c*), 0) + weight * || edited weights - pretrained weights ||_2.
 
     Args:
-        student: d of the edited network for target images under the target prompt, [B, C, h, w].
-        truth: the d that leads from x_t to those images.
+        loss: L(x*, c*), scalar: `noise_based` of target images under the target prompt.
         distance: L2 norm of the delta, scalar.
         weight: lambda.
     """
-    return torch.clamp(1 - noise_based(student, truth), min=0) + weight * distance
+    return torch.clamp(1 - loss, min=0) + weight * distance

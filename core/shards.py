@@ -7,11 +7,12 @@ it is complete. What the manifest and the tensors mean is the caller's business.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from .concept import Concept
 from .errors import AblationError
 from .files import replacing, write_json
+from .parallel import current
 
 _MANIFEST = "manifest.json"
 
@@ -28,12 +30,16 @@ def as_stored(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(manifest))
 
 
-def claim(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, unless the folder already has this very one.
+def claim(directory: Path | None, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, unless the folder already has this very one; without a folder, only see that all processes
+    of the job mean the same.
 
     Raises:
-        AblationError: the folder belongs to another dataset, or cannot be written.
+        AblationError: the folder belongs to another dataset, or cannot be written, or the processes differ.
     """
+    current().require_same(json.dumps(as_stored(manifest)), "model, concepts or settings")
+    if directory is None or not current().first:
+        return
     found = read_manifest(directory)
     if found is None:
         write_json(directory / _MANIFEST, as_stored(manifest))
@@ -82,6 +88,43 @@ def write_shard(directory: Path, number: int, tensors: Mapping[str, Tensor]) -> 
     """
     with replacing(_path(directory, number)) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def complete(
+    directory: Path | None,
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    make: Callable[[int], Mapping[str, Tensor]],
+    on_given: Callable[[], None],
+) -> list[Mapping[str, Tensor]]:
+    """Every shard, in order: those that the folder has, and the others made, by all processes of the job in turn, and
+    written by the first one as soon as they are there.
+
+    Args:
+        directory: where shards are kept; None keeps them in memory only.
+        shapes: of the tensors of each shard.
+        make: makes the shard of that number.
+        on_given: called for each shard that this process did not have to make.
+
+    Raises:
+        AblationError: the folder cannot be written, or another process has stopped.
+    """
+    processes = current()
+    found: dict[int, Mapping[str, Tensor]] = {}
+    if directory is not None and processes.first:
+        stored = ((number, read_shard(directory, number, shape)) for number, shape in enumerate(shapes))
+        found = {number: shard for number, shard in stored if shard is not None}
+    there = processes.sum(torch.tensor([float(number in found) for number in range(len(shapes))])).bool().tolist()
+    for number in (number for number, is_there in enumerate(there) if is_there):
+        found[number] = processes.send(found.get(number), 0)
+        on_given()
+    missing = [number for number, is_there in enumerate(there) if not is_there]
+    for number, shard, own in processes.spread(missing, make):
+        found[number] = shard
+        if directory is not None and processes.first:
+            write_shard(directory, number, shard)
+        if not own:
+            on_given()
+    return [found[number] for number in range(len(shapes))]
 
 
 def read_all(directory: Path, names: Sequence[str]) -> list[list[Tensor]]:

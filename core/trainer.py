@@ -22,6 +22,7 @@ from .denoiser import Conditioning, Denoiser, true_direction
 from .errors import AblationError, Diverged
 from .losses import loss_maximization, model_based, noise_based
 from .low_rank import LEARNING_RATE_FACTOR
+from .parallel import Gradients, current
 from .progress import ProgressCallback, Reporter
 from .subsets import NOT_LINEAR, empty_delta, trainable
 
@@ -100,7 +101,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one step: those that ablate first, then those that preserve."""
+    """This process's rows of one step: those that ablate first, then those that preserve."""
 
     x0: Tensor
     x: Tensor
@@ -108,6 +109,9 @@ class _Batch:
     anchor: Tensor
     target: Tensor
     ablating: int
+    """How many of these rows ablate."""
+    of_all: tuple[int, int]
+    """How many rows ablate and preserve, those of other processes among them."""
 
 
 def train(
@@ -161,16 +165,21 @@ def optimize(
         denoiser: the model.
         delta: where training starts; its tensors are moved.
         settings: steps, learning rate and what else does not depend on the objective.
-        losses: gives (objective, what is added to it) of each step, scalars on the model's device.
+        losses: gives (objective, what is added to it) of each step, scalars on the model's device. On several
+            processes those of this process's rows, of which the sum over processes is meant (`parallel`).
         on_progress: called after each step with the newest loss that was read; raises to cancel.
         on_step: told the number of steps done and the delta as it then is, which moves on: copy what you keep.
 
     Raises:
         Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+        PeerStopped: another process of the job has stopped.
     """
     start = time.perf_counter()
+    processes = current()
     delta = trainable(delta, settings.subset)
     parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
+    processes.begin_alike(parameters)
+    gradients = Gradients(parameters, processes)
     # None lets PyTorch choose between its other implementations
     fused = True if denoiser.device.type == "cuda" else None
     peak = settings.learning_rate * (LEARNING_RATE_FACTOR if settings.rank else 1.0)
@@ -184,11 +193,13 @@ def optimize(
         for step, (objective, extra) in enumerate(losses(attachment)):
             unread.append(objective.detach())
             if step % _read_every(denoiser.device) == 0 or step == settings.steps - 1:
-                read += torch.stack(unread).tolist()
+                read += processes.sum(torch.stack(unread)).tolist()
                 _check(read, len(unread))
                 unread.clear()
             optimizer.zero_grad(set_to_none=True)
+            gradients.clear()
             ((objective + extra) * denoiser.gradient_scale).backward()
+            gradients.reduce()
             if denoiser.gradient_scale != 1:
                 for parameter in parameters:
                     if parameter.grad is not None:
@@ -236,24 +247,28 @@ def _step_loss(
     prompts: Prompts,
     settings: TrainSettings,
 ) -> tuple[Tensor, Tensor]:
-    """(the objective, preservation and regularization with their weights), scalars."""
-    count = batch.ablating
+    """(the objective, preservation and regularization with their weights), scalars: this process's part of each."""
+    processes, count = current(), batch.ablating
+    ablating, preserving = batch.of_all
     student = denoiser.direction(batch.x, batch.sigma, prompts.student(batch.target))
     teacher = _teacher(denoiser, batch, attachment, prompts, settings)
     ablated = student[:count]
     truth = true_direction(batch.x, batch.sigma, batch.x0)
     if settings.objective == "noise":
-        objective = noise_based(ablated, truth[:count])
+        objective = processes.part(noise_based(ablated, truth[:count]), count, ablating)
     elif settings.objective == "loss-max":
-        objective = loss_maximization(ablated, truth[:count], delta.norm(), _DISTANCE_WEIGHT)
+        # not linear in the mean over rows: every process has the whole of it
+        loss = processes.total(processes.part(noise_based(ablated, truth[:count]), count, ablating))
+        objective = loss_maximization(loss, delta.norm(), _DISTANCE_WEIGHT) / processes.size
     else:
-        objective = model_based(ablated, teacher[:count])
+        objective = processes.part(model_based(ablated, teacher[:count]), count, ablating)
     extra = torch.zeros((), device=student.device)
     if count < len(batch.x):
-        extra = extra + settings.preserve_weight * model_based(student[count:], teacher[count:])
-    if settings.regularization:
+        preserved = processes.part(model_based(student[count:], teacher[count:]), len(batch.x) - count, preserving)
+        extra = extra + settings.preserve_weight * preserved
+    if settings.regularization and count:
         anchor = denoiser.direction(batch.x[:count], batch.sigma[:count], prompts.student(batch.anchor[:count]))
-        extra = extra + settings.regularization * noise_based(anchor, truth[:count])
+        extra = extra + settings.regularization * processes.part(noise_based(anchor, truth[:count]), count, ablating)
     return objective, extra
 
 
@@ -265,7 +280,7 @@ def _teacher(
     count = batch.ablating
     needed = slice(count if settings.objective in ("noise", "loss-max") else 0, None)
     teacher = torch.zeros_like(batch.x)
-    if settings.objective == "model-self":
+    if settings.objective == "model-self" and count:
         own = prompts.student(batch.anchor[:count])
         teacher[:count] = denoiser.direction(batch.x[:count], batch.sigma[:count], own)
         needed = slice(count, None)
@@ -278,6 +293,7 @@ def _teacher(
 
 def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettings) -> Iterator[_Batch]:
     """The rows of each step: reshuffled passes through the dataset, t uniform, fresh noise."""
+    processes = current()
     generator = torch.Generator().manual_seed(settings.seed)
     preserving = dataset.preserving
     ablate = shuffled(preserving.logical_not().nonzero().flatten(), settings.batch, generator)
@@ -291,10 +307,14 @@ def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettin
             mirrored = torch.rand(len(x0), generator=generator) < 0.5
             x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
         level = torch.randint(len(denoiser.sigmas), (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        x0, sigma = x0.to(device), denoiser.sigmas[level].to(device)
+        noise = torch.randn(x0.shape, generator=generator)
+        of_all = settings.batch, len(chosen) - settings.batch
+        # drawn for all rows, so that they do not depend on who has which
+        chosen, x0, level, noise = (processes.mine(tensor) for tensor in (chosen, x0, level, noise))
+        x0, noise, sigma = x0.to(device), noise.to(device), denoiser.sigmas[level].to(device)
         anchor, target = rows[chosen].to(device).unbind(1)
-        yield _Batch(x0, denoiser.add_noise(x0, noise, sigma), sigma, anchor, target, settings.batch)
+        x = denoiser.add_noise(x0, noise, sigma)
+        yield _Batch(x0, x, sigma, anchor, target, processes.count(settings.batch), of_all)
 
 
 def shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -29,11 +29,11 @@ def test_noise_based_is_the_mean_square():
 def test_loss_maximization_pushes_away_until_the_loss_is_one():
     near = torch.tensor([[[[0.5, 4.0]]]], requires_grad=True)
     distance = torch.tensor(0.3)
-    loss = loss_maximization(near, OTHER.detach(), distance, 10.0)
+    loss = loss_maximization(noise_based(near, OTHER.detach()), distance, 10.0)
     assert loss.item() == pytest.approx(1 - 0.125 + 3.0)
     assert torch.autograd.grad(loss, near)[0].flatten().tolist() == [-0.5, 0.0]
     # a loss of 2.5 is past the clamp: only the distance is left
-    assert loss_maximization(STUDENT, OTHER.detach(), distance, 10.0).item() == pytest.approx(3.0)
+    assert loss_maximization(noise_based(STUDENT, OTHER.detach()), distance, 10.0).item() == pytest.approx(3.0)
 
 
 def test_true_direction_is_the_noise_for_diffusion_and_the_velocity_for_flows():
