@@ -148,7 +148,7 @@ def bench(
         "compare": compare,
         "tiny": tiny,
     }
-    found = results(started, planned, listed.tasks, selection.base.label, settings)
+    found = results(started, planned, listed.tasks, selection.default_labels, settings)
     write_json(output / "results.json", found)
     write_text(output / "tables.md", markdown(found))
     write_plots(found, output / "plots")

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from concept_ablation.core.bench.tables import conclusions, evaluations, markdown, provenance
+from concept_ablation.core.bench.tables import conclusions, evaluations, is_default, markdown, provenance
 from concept_ablation.core.files import replacing, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,13 +27,14 @@ README_PLOTS = ("objectives", "subsets", "memorized")
 def section(results: dict[str, Any], plots: list[Path], base: Path) -> str:
     """Everything: for benchmarks/README.md."""
     pictures = "\n\n".join(picture(plot, base) for plot in plots)
-    return f"{markdown(results)}\n## Plots\n\n{pictures}" if plots else markdown(results).rstrip()
+    tables = markdown(results, level=3).rstrip()
+    return f"{tables}\n\n### Plots\n\n{pictures}" if plots else tables
 
 
 def summary(results: dict[str, Any], plots: list[Path], base: Path) -> str:
     """Goals, claims and the default method's table: for README.md."""
-    default, judge = results["settings"]["default_method"], results["settings"]["judges"][0]
-    rows = [row for row in results["tasks"] if row["method"] == default]
+    judge = results["settings"]["judges"][0]
+    rows = [row for row in results["tasks"] if is_default(results, row)]
     parts = [conclusions(results["goals"]), conclusions(results["claims"])]
     if rows:
         parts.append(evaluations(rows, judge))
@@ -72,7 +73,7 @@ def publish(output: Path, root: Path = ROOT) -> None:
         with replacing(plots[-1]) as temporary:
             shutil.copyfile(plot, temporary)
     for path, make, heading in (
-        (root / "benchmarks" / "README.md", section, "# Benchmark"),
+        (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
         (root / "README.md", summary, "## Benchmark"),
     ):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""

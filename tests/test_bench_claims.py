@@ -21,6 +21,7 @@ TASKS = [
     *(Task(f"style-{n}", Concept(f"style {n}", "art", "style"), AROUND) for n in range(2)),
     *(Task(f"memorized-{n}", Concept(f"caption {n}", "anchor", "memorized"), AROUND, "a.png") for n in range(2)),
 ]
+DEFAULT = dict.fromkeys(("instance", "style", "memorized"), "balanced")
 BASE = Measured(
     "table",
     TASKS[0].name,
@@ -56,7 +57,7 @@ def claim(rows: list[Measured], name: str, judges=JUDGES) -> Claim:
 
 
 def goal(rows: list[Measured], name: str, judges=JUDGES, tasks=TASKS) -> Claim:
-    (found,) = [one for one in all_goals(rows, judges, tasks, "balanced") if one.id == name]
+    (found,) = [one for one in all_goals(rows, judges, tasks, DEFAULT) if one.id == name]
     return found
 
 
@@ -76,7 +77,7 @@ def checkpoints(objective: str, targets: list[float], around: list[float], kind:
 
 def test_nothing_measured_proves_nothing():
     assert {one.verdict for one in all_claims([], JUDGES)} == {"not measured"}
-    assert {one.verdict for one in all_goals([], JUDGES, TASKS, "balanced")} == {"not measured"}
+    assert {one.verdict for one in all_goals([], JUDGES, TASKS, DEFAULT)} == {"not measured"}
 
 
 def test_shares_differences_and_ratios_have_the_values_of_the_counts():
@@ -208,7 +209,7 @@ def table(target: float, around: float = 1.0, misspelled: float = 0.0, copies: f
 
 def test_goals_are_met_or_missed_over_all_tasks():
     rows = table(0.0)
-    assert {one.verdict for one in all_goals(rows, JUDGES, TASKS, "balanced")} == {"met"}
+    assert {one.verdict for one in all_goals(rows, JUDGES, TASKS, DEFAULT)} == {"met"}
     assert goal(rows, "target-accuracy").tasks == 4 and goal(rows, "surrounding-kept").tasks == 6
     assert goal(table(0.5), "target-accuracy").verdict == "missed"
     assert goal(table(0.0, around=0.75), "surrounding-kept").verdict == "missed"

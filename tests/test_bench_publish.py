@@ -29,6 +29,7 @@ def conclusion(text: str, verdict: str) -> dict[str, object]:
 def results() -> dict[str, object]:
     row = {
         "task": "rooster",
+        "kind": "instance",
         "anchor": "bird",
         "method": "balanced",
         "concepts_in_the_edit": 1,
@@ -45,7 +46,7 @@ def results() -> dict[str, object]:
         "settings": {
             "protocol": {"prompts": 10, "images": 8, "steps": 25},
             "judges": ["J"],
-            "default_method": "balanced",
+            "default_method": {"instance": "balanced"},
         },
         "jobs": {"table": {"done": 1, "of": 2}},
         "cost": {"rows": 2_000_000, "seconds": 7200},
@@ -71,7 +72,7 @@ def test_results_are_put_between_markers_again_and_again(script, results, tmp_pa
         assert "![objectives](benchmarks/results/bench/objectives.png)" in text
         assert "2.00 million network rows in 2.0 hours" in text and "Training diverged at step 3." in text
         own = (root / "benchmarks" / "README.md").read_text("utf-8")
-        assert own.startswith("# Benchmark\n") and own.count(script.BEGIN) == 1
+        assert own.startswith("## The paper's experiments\n") and own.count(script.BEGIN) == 1
         assert "![objectives](results/bench/objectives.png)" in own
     assert (root / "benchmarks" / "results" / "bench" / "objectives.png").is_file()
     assert json.loads((root / "benchmarks" / "results" / "bench.json").read_text("utf-8")) == results

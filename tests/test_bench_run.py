@@ -24,7 +24,7 @@ from concept_ablation.core.bench.bench import Bench, open_bench, word_groups
 from concept_ablation.core.bench.edits import edit_folder, make, without_copies
 from concept_ablation.core.bench.experiments import EXPERIMENTS, Selection, plan_jobs
 from concept_ablation.core.bench.jobs import run_job
-from concept_ablation.core.bench.pace import Pace, RowCounter
+from concept_ablation.core.bench.pace import Pace
 from concept_ablation.core.bench.plan import TINY, Edit, Job, Method
 from concept_ablation.core.bench.plots import PLOTS
 from concept_ablation.core.bench.runner import plan_keys, run, what_is_left
@@ -33,6 +33,7 @@ from concept_ablation.core.concept import Concept
 from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.errors import AblationError, Interrupted
 from concept_ablation.core.hosts.diffusers import ModelHints
+from concept_ablation.core.phases import counted
 from concept_ablation.core.tasks import Task
 
 AROUND = ("owl", "duck", "eagle", "dove")
@@ -189,10 +190,24 @@ def test_rows_are_foreseen_exactly_and_drawn_once(bench):
     assert sum(one["rows"] for one in stored(bench).values()) == left.rows + subsets.rows
     assert len(list((bench.store.root / "cache" / "pretrained").iterdir())) == before
     assert len(list((bench.store.root / "cache" / "datasets").iterdir())) == 1
-    counter = RowCounter()
-    with counter.attached(bench.denoiser.network):
+    with counted(bench.denoiser) as rows:
         assert run(bench, twice) is None
-    assert counter.rows == 0
+    assert rows.forward == 0
+
+
+@pytest.mark.parametrize("preset", ["fast", "instant"])
+def test_presets_that_draw_no_images_are_measured_too(bench, preset):
+    selection = Selection((ROOSTER, BUS), (Method(preset),), compare=1, checkpoints=TINY.checkpoints)
+    assert selection.default_labels == {"instance": preset, "style": preset, "memorized": "balanced"}
+    # comparisons of objectives and subsets, and memorized images, fall back to the preset that has them
+    everything = plan_keys(bench, plan_jobs(list(EXPERIMENTS), selection))
+    assert {one.job.edit.method.preset for one in everything["subsets"]} == {"balanced"}
+    mine = {"table": [one for one in everything["table"] if one.job.edit.method.preset == preset]}
+    (left,) = what_is_left(bench, mine)
+    assert run(bench, mine) is None
+    (found,) = stored(bench).values()
+    assert found["rows"] == left.rows and found["result"]["observations"]
+    assert found["job"]["objective"] == ("model" if preset == "fast" else None)
 
 
 def test_a_bench_that_was_killed_goes_on_and_ends_alike(bench, tmp_path):
@@ -209,12 +224,11 @@ def test_a_bench_that_was_killed_goes_on_and_ends_alike(bench, tmp_path):
     assert not stored(bench) and not list((bench.store.root / "jobs").glob("*.claim"))
     assert list((bench.store.root / "scratch" / one.key).iterdir())
     bench.on_progress = None
-    counter = RowCounter()
-    with counter.attached(bench.denoiser.network):
+    with counted(bench.denoiser) as rows:
         foreseen = what_is_left(bench, planned)[0].rows
         assert run(bench, planned) is None
     # what was drawn before is not drawn again, and the edit is not made again
-    assert counter.rows == foreseen < 100
+    assert rows.forward == foreseen < 100 and rows.backward == 0
     fresh = replace(bench, store=Store(tmp_path / "fresh"))
     assert run(fresh, planned) is None
     results = [stored(each)[one.key]["result"] for each in (bench, fresh)]

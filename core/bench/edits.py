@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .. import dataset, delta_file, trainer
-from ..ablation import Ablation, ablate, check_tasks, finish
 from ..ablation import Task as Ablated
+from ..ablation import ablate, check_tasks, header, neighbours_of
 from ..concept import Concept
 from ..dataset import AblationDataset
 from ..delta import Delta
@@ -74,16 +74,18 @@ def make(bench: Bench, edit: Edit) -> Made:
         return Made(folder, info)
 
 
-def dataset_folder(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task]) -> Path:
-    """Where the dataset of an edit is kept: one for all methods that train on the same images.
+def dataset_folder(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> Path:
+    """Where what an edit is trained on is kept: one folder for all methods that train on the same images or rows.
 
     `tasks` are those of the edit, with the captions that were chosen for them.
     """
+    settings = made.dataset or made.harvest
     drawn = {
         "model": bench.tools.model,
         "concepts": [(asdict(task.concept), task.surrounding) for task in tasks],
-        "settings": asdict(made.dataset),
-        "preset": None if edit.method.preset in IMAGE_PRESETS else edit.method.preset,
+        "settings": asdict(settings) if settings else None,
+        "harvested": made.harvest is not None,
+        "auto_preserve": made.auto_preserve,
     }
     return bench.store.cache("datasets", digest(drawn))
 
@@ -91,39 +93,54 @@ def dataset_folder(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task]
 def _make(bench: Bench, edit: Edit, folder: Path) -> dict[str, Any]:
     made, start = bench.recipe(edit), time.perf_counter()
     chosen = [replace(task, concept=_ranked(bench, task)) if edit.method.ranked else task for task in edit.tasks]
-    tasks = [Ablated(task.concept, task.surrounding) for task in chosen]
-    ranked, info = time.perf_counter() - start, {}
+    info: dict[str, Any] = {"diverged": None, "seconds": {"ranking": time.perf_counter() - start}, "losses": []}
+    info["captions"] = [asdict(task.concept) for task in chosen] if edit.method.ranked else None
     try:
         if edit.method.preset in IMAGE_PRESETS:
-            ablation, info["dropped"] = _trained(bench, edit, made, chosen, folder)
+            delta, found = _trained(bench, edit, made, chosen, folder)
         else:
-            bench.pace.require(training_rows(made))
-            directory = dataset_folder(bench, edit, made, chosen)
-            ablation = ablate(bench.denoiser, tasks, made, directory=directory, on_progress=bench.progress)
-        _require_finite(ablation.delta)
+            delta, found = _ablated(bench, made, chosen)
+        _require_finite(delta)
     except Diverged as error:
-        return {"diverged": str(error), "seconds": {}, "losses": [], **info}
-    delta_file.save(ablation.delta, folder / _file(None))
-    info["captions"] = [asdict(task.concept) for task in chosen] if edit.method.ranked else None
-    seconds = {**ablation.seconds, **({"ranking": ranked} if edit.method.ranked else {})}
-    losses = [round(loss, 6) for loss in ablation.losses]
-    return {"diverged": None, "seconds": seconds, "losses": losses, **info}
+        return {**info, "diverged": str(error)}
+    delta_file.save(delta, folder / _file(None))
+    return {**info, **found, "seconds": {**info["seconds"], **found["seconds"]}}
 
 
-def _trained(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task], folder: Path) -> tuple[Ablation, int]:
-    """An edit by a preset that trains on images, and how many of them were left out as copies."""
-    check_tasks([Ablated(task.concept, task.surrounding) for task in tasks])
+def _ablated(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> tuple[Delta, dict[str, Any]]:
+    """An edit by a preset that harvests rows or trains nothing, and what is to be known of it."""
+    bench.pace.require(training_rows(made))
+    ablation = ablate(
+        bench.denoiser,
+        [Ablated(task.concept, task.surrounding) for task in tasks],
+        made,
+        directory=dataset_folder(bench, made, tasks),
+        on_progress=bench.progress,
+    )
+    return ablation.delta, {"seconds": ablation.seconds, "losses": _rounded(ablation.losses)}
+
+
+def _trained(
+    bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task], folder: Path
+) -> tuple[Delta, dict[str, Any]]:
+    """The same by a preset that trains on images: without those that are copies, and with checkpoints."""
+    if made.dataset is None or made.training is None:
+        raise ValueError(f"the preset {edit.method.preset} does not train on images")
+    ablated, concepts = [Ablated(task.concept, task.surrounding) for task in tasks], [task.concept for task in tasks]
+    check_tasks(ablated)
     start = time.perf_counter()
+    found = neighbours_of(bench.denoiser, ablated, made)
+    surrounding = [(*task.surrounding, *names) for task, names in zip(ablated, found, strict=True)]
     data = dataset.build(
         bench.denoiser,
-        [task.concept for task in tasks],
+        concepts,
         made.dataset,
-        surrounding=[task.surrounding for task in tasks],
-        directory=dataset_folder(bench, edit, made, tasks),
+        surrounding=surrounding,
+        directory=dataset_folder(bench, made, tasks),
         on_progress=bench.progress,
     )
     data, dropped = without_copies(bench, tasks, data)
-    built = time.perf_counter() - start
+    seconds = {"draw": time.perf_counter() - start}
     bench.pace.require(training_rows(made))
     wanted = set(bench.protocol.checkpoints) if edit.method.constant_rate else set()
 
@@ -133,8 +150,9 @@ def _trained(bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task], fold
             delta_file.save(delta, folder / _file(step))
 
     result = trainer.train(bench.denoiser, data, made.training, bench.progress, keep)
-    ablation = finish(bench.denoiser, data, made.training, result)
-    return replace(ablation, seconds={"dataset": built, **ablation.seconds}), dropped
+    delta = replace(result.delta, metadata=header(bench.denoiser, concepts, surrounding, data, made))
+    seconds["train"] = result.seconds
+    return delta, {"seconds": seconds, "losses": _rounded(result.losses), "dropped": dropped}
 
 
 def without_copies(bench: Bench, tasks: Sequence[Task], data: AblationDataset) -> tuple[AblationDataset, int]:
@@ -200,6 +218,10 @@ def _rankable(task: Task) -> tuple[str, ...]:
 def _require_finite(delta: Delta) -> None:
     if not torch.isfinite(delta.rounded(torch.float16).norm()):
         raise Diverged("The delta grew beyond what its file can hold.")
+
+
+def _rounded(losses: Sequence[float]) -> list[float]:
+    return [round(loss, 6) for loss in losses]
 
 
 def _file(step: int | None) -> str:

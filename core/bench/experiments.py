@@ -45,8 +45,24 @@ class Selection:
 
     @property
     def base(self) -> Method:
-        """What comparisons vary."""
+        """The default method."""
         return self.methods[0]
+
+    @property
+    def varied(self) -> Method:
+        """What comparisons of objectives and subsets vary, and what memorized images are ablated by: the first
+        method that trains on images. The other presets have one objective and few subsets.
+        """
+        return next((method for method in self.methods if method.preset in IMAGE_PRESETS), Method())
+
+    @property
+    def default_labels(self) -> dict[str, str]:
+        """The label of the default method, by kind of concept."""
+        return {
+            "instance": self.base.label,
+            "style": self.base.label,
+            "memorized": self.varied.label,
+        }
 
 
 def plan_jobs(names: Sequence[str], selection: Selection) -> dict[str, list[Job]]:
@@ -99,16 +115,16 @@ def _evaluations(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequen
 
 
 def _table(selection: Selection) -> list[Job]:
-    """Every task by every method: the main results."""
-    return _evaluations(selection.tasks, selection.methods, selection.seeds)
+    """Every task by every method that serves it: the main results."""
+    drawing = [method for method in selection.methods if method.preset in IMAGE_PRESETS] or [selection.varied]
+    named = _evaluations(selection.of("instance", "style"), selection.methods, selection.seeds)
+    return [*named, *_evaluations(selection.of("memorized"), drawing, selection.seeds)]
 
 
 def _objectives(selection: Selection) -> list[Job]:
     """Fig. 3, 12 and 13: objectives against steps, as checkpoints of one training at a constant rate."""
-    base = selection.base if selection.base.preset in IMAGE_PRESETS else Method()
-    methods = [
-        replace(base, objective=name, constant_rate=True, steps=selection.checkpoints[-1]) for name in OBJECTIVES
-    ]
+    last = selection.checkpoints[-1]
+    methods = [replace(selection.varied, objective=name, constant_rate=True, steps=last) for name in OBJECTIVES]
     return [
         Job("evaluate", task, Edit((task,), method, seed), step, robustness=False)
         for task in selection.compared()
@@ -120,21 +136,20 @@ def _objectives(selection: Selection) -> list[Job]:
 
 def _subsets(selection: Selection) -> list[Job]:
     """Fig. 4 and 6: parameter subsets on instances, with misspelled prompts."""
-    methods = [replace(selection.base, subset=name) for name in INSTANCE_SUBSETS]
+    methods = [replace(selection.varied, subset=name) for name in INSTANCE_SUBSETS]
     return _evaluations(selection.of("instance")[: selection.compare], methods, selection.seeds)
 
 
 def _styles(selection: Selection) -> list[Job]:
     """Fig. 4 and 8: parameter subsets on styles."""
-    methods = [replace(selection.base, subset=name) for name in STYLE_SUBSETS]
+    methods = [replace(selection.varied, subset=name) for name in STYLE_SUBSETS]
     return _evaluations(selection.of("style")[: selection.compare], methods, selection.seeds)
 
 
 def _memorized(selection: Selection) -> list[Job]:
     """Fig. 9 and Table 1: copies of memorized images, by subset, and the paper's choice of captions."""
-    methods = [replace(selection.base, subset=name) for name in MEMORIZED_SUBSETS]
-    if selection.base.preset in IMAGE_PRESETS:
-        methods.append(replace(selection.base, subset="full", ranked=True))
+    methods = [replace(selection.varied, subset=name) for name in MEMORIZED_SUBSETS]
+    methods.append(replace(selection.varied, subset="full", ranked=True))
     return _evaluations(selection.of("memorized"), methods, selection.seeds)
 
 
@@ -171,7 +186,7 @@ def _limits(selection: Selection) -> list[Job]:
 
 def _attack(selection: Selection) -> list[Job]:
     """Section 5: how hard it is to bring the target back by an optimised prompt, also from the pretrained model."""
-    methods = [selection.base, *(replace(selection.base, subset=name) for name in ATTACKED_SUBSETS)]
+    methods = [selection.base, *(replace(selection.varied, subset=name) for name in ATTACKED_SUBSETS)]
     return [
         Job("attack", task, edit)
         for task in selection.compared()

@@ -6,7 +6,7 @@ whatever the figure of the others is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..statistics import Estimate
@@ -23,7 +23,7 @@ def all_goals(
     measured: Sequence[Measured],
     judges: Sequence[str],
     tasks: Sequence[Task],
-    default: str,
+    default: Mapping[str, str],
     claims: Sequence[Claim] = (),
 ) -> list[Claim]:
     """Every goal, over all of `tasks`.
@@ -32,10 +32,10 @@ def all_goals(
         measured: results; those of the experiment "table" by the default method count.
         judges: names, the main one first.
         tasks: the whole task list.
-        default: label of the default method.
+        default: label of the default method, by kind of concept.
         claims: the other conclusions that both judges should come to.
     """
-    rows = [one for one in measured if one.experiment == "table" and one.method == default]
+    rows = [one for one in measured if one.experiment == "table" and one.method == default.get(one.kind)]
     rules = (_target(tasks), _kept(tasks), _copies(tasks), _misspelled(tasks))
     made = [checked(rule, rows, judges) for rule in rules]
     return [*made, agreement([*claims, *made], judges)]

@@ -86,7 +86,7 @@ def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) ->
         return 0
     made, present = bench.recipe(edit), is_made(bench, edit)
     total = once(str(edit_folder(bench, edit)), training_rows(made), present)
-    folder = dataset_folder(bench, edit, made, edit.tasks)
+    folder = dataset_folder(bench, made, edit.tasks)
     drawn = present or (folder / "manifest.json").is_file()
     total += once(str(folder), dataset_rows(made, len(edit.tasks)), drawn)
     if edit.method.ranked:

@@ -6,17 +6,13 @@ with and without the prompt. A row of training counts as three, its backward pas
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-
-import torch
-from torch import nn
 
 from ..attack import AttackSettings
 from ..denoiser import Denoiser
 from ..errors import Interrupted
 from ..leaks import ScanSettings
+from ..phases import Rows, counted
 from ..presets import Recipe
 from ..samplers import SampleSettings, draw_images
 
@@ -28,24 +24,9 @@ _PROBE = 16
 """Pictures that are drawn to find the speed of an unknown machine."""
 
 
-class RowCounter:
-    """Counts what passes a network while it is attached."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    @contextlib.contextmanager
-    def attached(self, network: nn.Module) -> Iterator[RowCounter]:
-        """Count the rows of `network`, whose first argument has the batch first, until the block ends."""
-
-        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self.rows += len(inputs[0]) * (BACKWARD if torch.is_grad_enabled() else 1)
-
-        handle = network.register_forward_pre_hook(count)
-        try:
-            yield self
-        finally:
-            handle.remove()
+def weighted(rows: Rows) -> int:
+    """Rows as this module counts them."""
+    return rows.forward + (BACKWARD - 1) * rows.backward
 
 
 class Pace:
@@ -92,10 +73,10 @@ def probe(denoiser: Denoiser) -> float:
     """Rows per second, from a few steps of a few pictures (after one that warms up)."""
     steps = min(4, len(denoiser.sigmas))
     draw_images(denoiser, [""] * 2, range(2), SampleSettings(steps=1))
-    counter, start = RowCounter(), time.perf_counter()
-    with counter.attached(denoiser.network):
+    start = time.perf_counter()
+    with counted(denoiser) as rows:
         draw_images(denoiser, ["a picture"] * _PROBE, range(_PROBE), SampleSettings(steps=steps), batch=_PROBE)
-    return counter.rows / (time.perf_counter() - start)
+    return weighted(rows) / (time.perf_counter() - start)
 
 
 def sampling_rows(pictures: int, sample: SampleSettings) -> int:
@@ -104,17 +85,25 @@ def sampling_rows(pictures: int, sample: SampleSettings) -> int:
 
 
 def training_rows(made: Recipe) -> int:
-    """Rows of training, without the dataset's."""
+    """Rows of training, without those of what it trains on. Harvested rows need no teacher."""
     training = made.training
-    ablating = training.batch * (BACKWARD + (training.objective not in ("noise", "loss-max")))
-    preserving = training.preserve_batch * (BACKWARD + 1) * bool(made.dataset.preserve)
+    if training is None:
+        return 0
+    drawn = made.dataset or made.harvest
+    teacher = made.harvest is None
+    ablating = training.batch * (BACKWARD + (teacher and training.objective not in ("noise", "loss-max")))
+    preserving = training.preserve_batch * (BACKWARD + teacher) * bool(drawn and drawn.preserve)
     regularizing = training.batch * BACKWARD * bool(training.regularization)
     return training.steps * (ablating + preserving + regularizing)
 
 
 def dataset_rows(made: Recipe, concepts: int) -> int:
-    """Rows of drawing a dataset."""
-    return sampling_rows(concepts * (made.dataset.images + made.dataset.preserve), made.dataset.sample)
+    """Rows of drawing or harvesting what a training trains on."""
+    if made.harvest is not None:
+        return sampling_rows(concepts * (made.harvest.trajectories + made.harvest.preserve), made.harvest.sample)
+    if made.dataset is not None:
+        return sampling_rows(concepts * (made.dataset.images + made.dataset.preserve), made.dataset.sample)
+    return 0
 
 
 def scan_rows(settings: ScanSettings) -> int:

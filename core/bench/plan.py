@@ -17,7 +17,7 @@ from ..attack import AttackSettings
 from ..denoiser import Denoiser
 from ..errors import AblationError
 from ..leaks import ScanSettings
-from ..presets import Recipe, recipe
+from ..presets import TRAINED, Recipe, recipe
 from ..samplers import SampleSettings
 from ..tasks import Task
 
@@ -107,7 +107,8 @@ class Method:
     steps: int | None = None
     """Replaces the preset's number of steps, before `longer`."""
     longer: int = 1
-    """Factor on the number of steps: several concepts in one model need more of them (section 4.3)."""
+    """Factor on the number of steps: several concepts in one model need more of them (section 4.3). Without effect on a
+    preset that trains nothing."""
     ranked: bool = False
     """Memorized images: choose captions by how often they reproduce the image, and add the paper's regularization."""
 
@@ -194,6 +195,9 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
         AblationError: no such preset, objective or subset.
     """
     method, kind = edit.method, edit.tasks[0].concept.kind
+    if method.preset not in TRAINED:
+        # which also refuses names of presets that do not exist
+        return recipe(method.preset, denoiser, kind, objective=method.objective, subset=method.subset)
     training: dict[str, Any] = dict(protocol.training)
     if method.constant_rate:
         training["cosine"] = False
@@ -211,7 +215,13 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
         training=training,
         dataset=dict(protocol.dataset),
     )
+    assert made.training is not None
     return replace(made, training=replace(made.training, steps=made.training.steps * method.longer))
+
+
+def objective_of(made: Recipe | None) -> str | None:
+    """What a recipe trains for; None if it trains nothing."""
+    return made.training.objective if made is not None and made.training is not None else None
 
 
 def digest(value: object) -> str:
@@ -273,8 +283,8 @@ def describe(job: Job, made: Recipe | None) -> dict[str, Any]:
         "edited": [task.name for task in job.edit.tasks] if job.edit else [],
         "method": method.label if method else "pretrained",
         "preset": method.preset if method else None,
-        "subset": made.training.subset if made else None,
-        "objective": made.training.objective if made else None,
+        "subset": made.subset if made else None,
+        "objective": objective_of(made),
         "seed": job.edit.seed if job.edit else None,
         "step": job.step,
         "recipe": asdict(made) if made else None,

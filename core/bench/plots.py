@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import replacing
-from .tables import mean
+from .tables import is_default, mean
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -40,8 +40,7 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
 
 def _tasks(results: Results) -> Figure | None:
     """Target and surrounding accuracy of every task, before and after the default method."""
-    default = results["settings"]["default_method"]
-    rows = [row for row in _judged(results, "tasks") if row["method"] == default]
+    rows = [row for row in _judged(results, "tasks") if is_default(results, row)]
     if not rows:
         return None
     figure = Figure(figsize=(max(_WIDTH, 0.6 * len(rows) + 2), 2 * _HEIGHT))

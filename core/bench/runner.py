@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import Interrupted
+from ..phases import counted
 from ..presets import PRESETS
 from .bench import Bench
 from .jobs import expected_rows, run_job
-from .pace import RowCounter, probe
+from .pace import probe, weighted
 from .plan import FORMAT, Job, describe
 
 
@@ -137,17 +138,17 @@ def environment(bench: Bench) -> dict[str, Any]:
 
 
 def _run_one(bench: Bench, one: Planned) -> None:
-    counter, start = RowCounter(), time.perf_counter()
-    with counter.attached(bench.denoiser.network):
+    start = time.perf_counter()
+    with counted(bench.denoiser) as rows:
         result = run_job(bench, one.job, one.key)
     seconds = time.perf_counter() - start
-    bench.pace.learn(counter.rows, seconds)
+    bench.pace.learn(weighted(rows), seconds)
     made = bench.recipe(one.job.edit) if one.job.edit else None
     value = {
         "format": FORMAT,
         "key": one.key,
         "job": describe(one.job, made),
-        "rows": counter.rows,
+        "rows": weighted(rows),
         "seconds": round(seconds, 3),
         "machine": platform.node(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -28,7 +28,7 @@ from .figures import (
 )
 from .goals import all_goals
 from .measures import Observation
-from .plan import FORMAT
+from .plan import FORMAT, objective_of
 from .runner import Planned, environment
 
 Row = dict[str, Any]
@@ -53,8 +53,8 @@ def collect(bench: Bench, plan: Mapping[str, Sequence[Planned]], tasks: Sequence
                     task=one.job.task.name,
                     kind=concept.kind,
                     method=edit.method.label if edit else "pretrained",
-                    subset=made.training.subset if made else None,
-                    objective=made.training.objective if made else None,
+                    subset=made.subset if made else None,
+                    objective=objective_of(made),
                     seed=edit.seed if edit else None,
                     step=one.job.step,
                     anchor=concept.anchor,
@@ -73,7 +73,7 @@ def results(
     bench: Bench,
     plan: Mapping[str, Sequence[Planned]],
     tasks: Sequence[Task],
-    default: str,
+    default: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What results.json holds.
@@ -82,7 +82,7 @@ def results(
         bench: the benchmark.
         plan: its jobs.
         tasks: the whole task list, of which the jobs may cover a part.
-        default: label of the default method.
+        default: label of the default method, by kind of concept.
         settings: what the benchmark was asked for, as it should be remembered.
     """
     measured = collect(bench, plan, tasks)
@@ -105,7 +105,7 @@ def results(
             "protocol": asdict(bench.protocol),
             "judges": judges,
             "copy_detector": bench.tools.detector,
-            "default_method": default,
+            "default_method": dict(default),
         },
         "jobs": {name: {"done": len(rows[name]), "of": len(planned)} for name, planned in plan.items()},
         "cost": {

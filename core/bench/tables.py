@@ -18,26 +18,27 @@ _TITLES = {
 }
 
 
-def markdown(results: Results) -> str:
-    """All tables, each under a heading; experiments without results are left out."""
+def markdown(results: Results, level: int = 2) -> str:
+    """All tables, each under a heading of that level; experiments without results are left out."""
+    mark = "#" * level
     parts = [
-        f"## Goals\n\n{conclusions(results['goals'])}",
-        f"## The paper's claims\n\n{conclusions(results['claims'])}",
+        f"{mark} Goals\n\n{conclusions(results['goals'])}",
+        f"{mark} The paper's claims\n\n{conclusions(results['claims'])}",
     ]
     for name, title in _TITLES.items():
         rows = results.get(name) or []
         if rows:
-            parts.append(f"## {title}\n\n{evaluations(rows, _main(results), memorized=name == 'memorized')}")
+            parts.append(f"{mark} {title}\n\n{evaluations(rows, _main(results), memorized=name == 'memorized')}")
     if results.get("objectives"):
         parts.append(
-            f"## Objectives against steps (Fig. 3 and 12)\n\n{objectives(results['objectives'], _main(results))}"
+            f"{mark} Objectives against steps (Fig. 3 and 12)\n\n{objectives(results['objectives'], _main(results))}"
         )
     if results.get("tasks"):
-        parts.append(f"## Composition kept\n\n{composition(results['tasks'], _main(results))}")
+        parts.append(f"{mark} Composition kept\n\n{composition(results['tasks'], _main(results))}")
     if results.get("limits"):
-        parts.append(f"## What still leaks (Fig. 14)\n\n{leaks(results['limits'])}")
+        parts.append(f"{mark} What still leaks (Fig. 14)\n\n{leaks(results['limits'])}")
     if results.get("attack"):
-        parts.append(f"## Attack by an optimised prompt\n\n{attacks(results['attack'])}")
+        parts.append(f"{mark} Attack by an optimised prompt\n\n{attacks(results['attack'])}")
     return "\n\n".join([*parts, f"*{provenance(results)}*"]) + "\n"
 
 
@@ -150,6 +151,11 @@ def attacks(rows: Sequence[Row]) -> str:
             found = {point["steps"]: point["success"] for point in curve}
             lines.append([row["task"], row["method"], judge, *(figure(found.get(step)) for step in steps)])
     return table(["task", "method", "judge", *(f"{step} steps" for step in steps)], lines)
+
+
+def is_default(results: Results, row: Row) -> bool:
+    """Whether a row is by the default method of its kind of concept."""
+    return row["method"] == results["settings"]["default_method"].get(row["kind"])
 
 
 def mean(rows: Sequence[Row], judge: str, role: str, **wanted: object) -> float | None:
