@@ -16,13 +16,17 @@ from rich.table import Table
 
 from .cli_options import (
     NETWORK_JUDGE,
+    AutoPreserve,
     Device,
     EvalPrompts,
     EvalSeeds,
     JudgeOption,
+    Objective,
     Precision,
     Prediction,
+    Preset,
     Seed,
+    Subset,
 )
 from .core.errors import AblationError
 
@@ -49,6 +53,7 @@ class Options:
     subset: str | None
     training: dict[str, Any]
     dataset: dict[str, Any]
+    auto_preserve: int | None
     eval_prompts: int
     eval_seeds: int
     seed: int
@@ -65,13 +70,17 @@ def sweep(
             help="Diffusers folder, SD 1.x .safetensors file or hub id.", show_default="the list's, else the embedded"
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="As for ablate.")] = "balanced",
-    objective: Annotated[str | None, typer.Option(help="As for ablate.", show_default="the preset's")] = None,
-    subset: Annotated[str | None, typer.Option(help="As for ablate.", show_default="the preset's")] = None,
+    preset: Preset = "balanced",
+    objective: Objective = None,
+    subset: Subset = None,
+    auto_preserve: AutoPreserve = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
-    images: Annotated[int | None, typer.Option(help="Images to train on.", show_default="the preset's")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Tasks at the same time, at most.", show_default="what there is room for")
@@ -105,7 +114,8 @@ def sweep(
 
     listed = load_tasks(tasks)
     resources = Resources(cpus_per_task, gpus_per_task, max_retries, workers, address)
-    chosen = {"steps": steps, "learning_rate": learning_rate, "batch": batch, "checkpointing": checkpointing or None}
+    sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
+    chosen = {**sizes, "learning_rate": learning_rate}
     options = Options(
         model=_absolute(model or listed.model),
         judge=_absolute(judge),
@@ -117,6 +127,7 @@ def sweep(
         subset=subset,
         training={name: value for name, value in chosen.items() if value is not None},
         dataset={} if images is None else {"images": images},
+        auto_preserve=auto_preserve,
         eval_prompts=eval_prompts,
         eval_seeds=eval_seeds,
         seed=seed,
@@ -173,6 +184,7 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
         seed=options.seed,
         training=options.training,
         dataset=options.dataset,
+        auto_preserve=options.auto_preserve,
     )
     evaluation = EvaluationSettings(prompts=options.eval_prompts, seeds=options.eval_seeds)
     ablate_and_report(denoiser, (Ablation(task.concept, task.surrounding),), chosen, judge, evaluation, folder)

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
+from .parallel import current
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Meter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count and time the block as phase `name`."""
+        """Count and time the block as phase `name`. The rows of several processes are added up."""
         start = time.perf_counter()
         with counted(self._denoiser) as rows:
             yield
-        self.phases.append(Phase(name, time.perf_counter() - start, rows.forward, rows.backward))
+        forward, backward = current().sum(torch.tensor([rows.forward, rows.backward])).tolist()
+        self.phases.append(Phase(name, time.perf_counter() - start, forward, backward))

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from .errors import AblationError
 from .files import replacing, require_writable
+from .parallel import current
 from .progress import Progress, ProgressCallback
 from .trainer import PHASE, TrainSettings
 
@@ -43,14 +44,14 @@ def profiled(
     """Give the callback for a run, in which `path` is to become the trace of a few of its training steps.
 
     Args:
-        path: the trace, a .json or .json.gz file; None traces nothing.
+        path: the trace, a .json or .json.gz file; None traces nothing. Of several processes the first one is traced.
         on_progress: what the run's progress is passed on to.
         training: the training that will be traced.
 
     Raises:
         AblationError: as `check_profile`, or the file cannot be written.
     """
-    if path is None:
+    if path is None or not current().first:
         yield on_progress
         return
     check_profile(path, training)

@@ -207,10 +207,11 @@ def _connect(address: str | None) -> bool:
             ray.init("local", include_dashboard=False, **quiet)
         else:
             ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
+        # Ray has no type of its own for this: a cluster that starts too slowly raises a bare Exception
         raise AblationError(
-            f"There is no Ray cluster at '{address or 'this machine'}' ({_first_line(error)}): start one with ray "
-            "start --head, or leave --address out."
+            f"No Ray cluster answers at {address or 'this machine'} ({_first_line(error)}): start one with ray start "
+            "--head and give its --address, or wait until the machine has less to do."
         ) from error
     return True
 
