@@ -171,6 +171,7 @@ def ours(models: Models, size: Size, batch: int, steps: int, checkpointing: bool
         settings=HarvestSettings(trajectories=batch, sample=SampleSettings(steps=1), batch=batch),
         concepts=(Concept("grumpy cat", "cat"),),
         model="",
+        surrounding=((),),
     )
     marks = [_now(denoiser.device)]
 

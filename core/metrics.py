@@ -6,7 +6,9 @@ what to compare it with is decided in `evaluation.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -233,12 +235,28 @@ def _assemble(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     loads = weights is None
-    model = open_clip.create_model(source, load_weights=loads, require_pretrained=loads, **options)
+    with _unlogged("No pretrained weights loaded"):
+        model = open_clip.create_model(source, load_weights=loads, require_pretrained=loads, **options)
     if weights is not None:
         model.load_state_dict(weights)
     preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
     model = model.to(device).eval().requires_grad_(False)
     return Judge(name, device, model, preprocess, open_clip.get_tokenizer(source))
+
+
+@contextlib.contextmanager
+def _unlogged(words: str) -> Iterator[None]:
+    """Keep open_clip from warning of what was asked for, through the logger that belongs to the host program."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ NODES = {
     "ConceptAblationConcept": ["CONCEPT"],
     "ConceptAblationBuildDataset": ["ABLATION_DATASET", "IMAGE"],
     "ConceptAblationAblate": ["MODEL", "CLIP", "ABLATION_DELTA", "IMAGE"],
+    "ConceptAblationInstant": ["MODEL", "CLIP", "ABLATION_DELTA"],
     "ConceptAblationEvaluate": ["IMAGE", "STRING", "STRING"],
     "ConceptAblationScanForLeaks": ["IMAGE", "STRING"],
     "ConceptAblationFindAnchors": ["CONCEPT", "STRING"],

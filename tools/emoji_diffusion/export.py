@@ -73,10 +73,10 @@ def write_model(out: Path, denoiser: TextToLatent, autoencoder: AutoencoderTiny)
 
 
 def write_hints(out: Path, pictures: Pictures) -> None:
-    """What the pages and nodes should know of the model: its learning rates and what its concepts are."""
+    """What the pages and nodes should know of the model: its learning rates, its styles and what its concepts are."""
     known = json.loads((EMBEDDED_MODEL / _HINTS).read_text(encoding="utf-8"))
     categories = {concept.name: concept.category for concept in pictures.concepts}
-    write_json(out / _HINTS, {**known, "medium": "emoji", "categories": categories})
+    write_json(out / _HINTS, {**known, "medium": "emoji", "styles": list(pictures.styles), "categories": categories})
 
 
 def used_tokens(denoiser: TextToLatent) -> Tensor:
