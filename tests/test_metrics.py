@@ -10,9 +10,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.metrics import EMBEDDED_JUDGE, Judge, clip_accuracy, clip_score
+from concept_ablation.core.samplers import SampleSettings, draw_images
+from concept_ablation.core.token_rows import read_packed
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 DIAGONAL = torch.tensor([math.sqrt(0.5), math.sqrt(0.5)])
@@ -26,16 +30,8 @@ def judge() -> Judge:
 @pytest.fixture(scope="module")
 def emoji() -> dict[str, np.ndarray]:
     """Eight pictures of each concept, drawn by the embedded model: uint8 [8, 128, 128, 3]."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_JUDGE.parent, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pictures = {}
-    for concept in ("a cat", "a rose"):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
-        drawn = pipeline([concept] * 8, 128, 128, 12, guidance_scale=4, generator=generators, output_type="np")
-        pictures[concept] = (drawn.images * 255).round().astype(np.uint8)
-    return pictures
+    model, settings = load_denoiser(device="cpu", precision="fp32"), SampleSettings(steps=12, eta=0.0)
+    return {concept: draw_images(model, [concept] * 8, range(8), settings) for concept in ("a cat", "a rose")}
 
 
 @pytest.fixture
@@ -65,9 +61,11 @@ def test_accuracy_of_ties_is_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 64), (97, 203)])
-def test_image_embedding_equals_open_clip(judge: Judge, size: tuple[int, int]) -> None:
+def test_image_embedding_equals_open_clip(judge: Judge, size: tuple[int, int], folder: Path) -> None:
+    weights = folder / "open_clip_model.safetensors"
+    save_file(read_packed(weights), weights)  # open_clip itself wants the whole token embedding
     images = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{EMBEDDED_JUDGE}")
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model.eval()
     pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
     assert torch.equal(pixels, torch.stack([judge.preprocess(Image.fromarray(image)) for image in images]))
@@ -87,10 +85,15 @@ def test_preprocessing_follows_the_folder_and_not_a_default(folder: Path) -> Non
 def test_embeddings_are_normalised_fp32(judge: Judge) -> None:
     images = judge.embed_images(np.zeros((2, 32, 32, 3), np.uint8))
     texts = judge.embed_texts(["a cat", "a rose", "a dog"])
-    assert (images.shape, texts.shape) == ((2, 256), (3, 256))
+    assert (images.shape, texts.shape) == ((2, 192), (3, 192))
     assert images.dtype == texts.dtype == torch.float32
     for embedding in (*images, *texts, judge.embed_concept(["a cat", "a rose"])):
         assert embedding.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_loading_the_embedded_judge_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    Judge.load(None)
+    assert not caplog.records
 
 
 def test_concept_is_the_normalised_mean_of_its_texts(judge: Judge) -> None:
@@ -150,7 +153,7 @@ def test_broken_folders_are_refused(folder: Path) -> None:
         Judge.load(folder)
     weights.write_bytes(whole)
     text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace('"embed_dim": 256', '"embed_dim": 128'), encoding="utf-8")
+    config.write_text(text.replace('"embed_dim": 192', '"embed_dim": 128'), encoding="utf-8")
     with pytest.raises(AblationError, match="Cannot load the judge"):
         Judge.load(folder)
     config.write_text("{", encoding="utf-8")

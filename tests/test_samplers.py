@@ -40,8 +40,10 @@ MU, SPREAD = 0.7, 0.5
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32, safety_checker=None)
+def pipe(plain):
+    # the file has only the token embeddings in use, which diffusers itself cannot read
+    parts = {"text_encoder": plain.text_network, "safety_checker": None}
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

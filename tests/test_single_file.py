@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
 from concept_ablation.core.hosts.single_file import fit_text_names, read_single_file, write_single_file
 
 EMOJI = Path(__file__).parents[1] / "assets" / "emoji_diffusion"
@@ -190,7 +191,8 @@ def test_taesd_scale_comes_from_its_tensor_without_our_metadata(emoji_file, tmp_
 
     file = read_single_file(path)
 
-    assert file.vae_scale == pytest.approx(0.9265743082924931, rel=1e-6)
+    config = json.loads((EMBEDDED_MODEL / "vae" / "config.json").read_text(encoding="utf-8"))
+    assert file.vae_scale == pytest.approx(config["scaling_factor"], rel=1e-6)
     assert file.vae_config["scaling_factor"] == file.vae_scale
     assert file.unet_config["attention_head_dim"] == 8
     assert file.text_config["num_attention_heads"] == 256 // 64

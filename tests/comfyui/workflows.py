@@ -9,12 +9,12 @@ from concept_ablation.tests.comfyui.server import ROOT
 WORKFLOWS = ROOT / "example_workflows"
 # Fewer pictures than the workflows ask for, and enough for the judge to see the target go.
 SMALL = {
-    "ConceptAblationBuildDataset": {"images": 16, "preserve": 32, "steps": 8, "keep_on_disk": False},
+    "ConceptAblationBuildDataset": {"images": 32, "preserve": 32, "steps": 10, "keep_on_disk": False},
     "ConceptAblationAblate": {"steps": 60},
-    "ConceptAblationEvaluate": {"prompts": 2, "images_per_prompt": 4, "steps": 8},
+    "ConceptAblationEvaluate": {"prompts": 3, "images_per_prompt": 4, "steps": 12},
 }
-# What the embedded draft draws well enough for the judge to say that it is gone; it neither tells styles apart nor has
-# it memorized its memorized images, so those workflows can only be seen to run.
+# The workflows of a style and of a memorized image are only seen to run: what sizes would show their effect has not been
+# measured yet.
 JUDGED = ("ablate_instance", "ablate_several_concepts")
 TINY = {
     "ConceptAblationBuildDataset": {"images": 8, "preserve": 8, "steps": 4, "keep_on_disk": False},
