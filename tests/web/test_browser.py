@@ -18,7 +18,7 @@ SAMPLING = 4
 TINY = {
     "Steps": "6",
     "Batch": "2",
-    "Learning rate": "0.02",
+    "Learning rate": "0.006",
     "Of the anchor": "4",
     "Of the neighbours": "2",
     "Sampling steps": str(SAMPLING),
