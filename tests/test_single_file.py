@@ -16,7 +16,6 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
 from concept_ablation.core.hosts.single_file import fit_text_names, read_single_file, write_single_file
 
 EMOJI = Path(__file__).parents[1] / "assets" / "emoji_diffusion"
@@ -191,9 +190,8 @@ def test_taesd_scale_comes_from_its_tensor_without_our_metadata(emoji_file, tmp_
 
     file = read_single_file(path)
 
-    config = json.loads((EMBEDDED_MODEL / "vae" / "config.json").read_text(encoding="utf-8"))
-    assert file.vae_scale == pytest.approx(config["scaling_factor"], rel=1e-6)
-    assert file.vae_config["scaling_factor"] == file.vae_scale
+    scale = AutoencoderTiny.load_config(EMOJI / "vae")["scaling_factor"]
+    assert file.vae_scale == pytest.approx(scale, rel=1e-6) == file.vae_config["scaling_factor"]
     assert file.unet_config["attention_head_dim"] == 8
     assert file.text_config["num_attention_heads"] == 256 // 64
 

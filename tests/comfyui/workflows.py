@@ -13,8 +13,8 @@ SMALL = {
     "ConceptAblationAblate": {"steps": 60},
     "ConceptAblationEvaluate": {"prompts": 3, "images_per_prompt": 4, "steps": 12},
 }
-# The workflows of a style and of a memorized image are only seen to run: what sizes would show their effect has not been
-# measured yet.
+# The workflows of a style and of a memorized image are only seen to run: what sizes would show their effect is not yet
+# known.
 JUDGED = ("ablate_instance", "ablate_several_concepts")
 TINY = {
     "ConceptAblationBuildDataset": {"images": 8, "preserve": 8, "steps": 4, "keep_on_disk": False},
