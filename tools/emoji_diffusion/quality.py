@@ -154,8 +154,13 @@ def restoration(bench: Bench) -> float:
     """PSNR of the autoencoder, in dB, on every tenth picture in placements that training never had."""
     choice = choose(torch.arange(0, len(bench.pictures), 10), torch.Generator().manual_seed(_UNSEEN_SEED))
     images = draw(bench.pictures, choice, bench.model.latent_shape[1] * 8)
-    restored = torch.cat([bench.model.vae.decode(bench.model.vae.encode(part)) for part in images.split(16)])
-    return psnr(restored, images)
+    return psnr(restored(bench, images), images)
+
+
+def restored(bench: Bench, images: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1] as the autoencoder gives them back."""
+    vae = bench.model.vae
+    return torch.cat([vae.decode(vae.encode(part)) for part in images.split(16)])
 
 
 def memorized(bench: Bench, repeats: int = 4) -> dict[str, Any] | None:
@@ -186,12 +191,10 @@ def judge_itself(bench: Bench) -> dict[str, dict[str, float]]:
     """
     every_third = torch.arange(0, len(bench.pictures), 3)
     real, subjects = placed(bench, bench.pictures, every_third)
-    restored = bench.model.vae
-    again = torch.cat([restored.decode(restored.encode(part)) for part in real.split(16)])
     strange, strangers = placed(bench, bench.unseen, torch.arange(len(bench.unseen)))
     return {
         "judge_on_real_pictures": judged(bench, real, subjects),
-        "judge_on_restored_pictures": judged(bench, again, subjects),
+        "judge_on_restored_pictures": judged(bench, restored(bench, real), subjects),
         "judge_on_unseen_concepts": {"style": style_share(bench, as_bytes(strange), strangers)},
     }
 
