@@ -181,6 +181,13 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_finished_stage_goes_on_with_a_larger_budget_only(tmp_path):
+    assert len(losses(tmp_path, 4)) == 4
+    assert losses(tmp_path, 4) == losses(tmp_path, 3) == []
+    assert len(losses(tmp_path, 6)) == 2
+    assert stage.Budget(minutes=2).exceeds(10, 90.0) and not stage.Budget(minutes=2).exceeds(10, 110.0)
+
+
 def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path):
     parts = settings.Optimization(4, 1.0, warmup=4)
     plan = stage.Budget(steps=20)

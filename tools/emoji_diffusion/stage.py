@@ -26,12 +26,14 @@ from concept_ablation.core.files import replacing
 
 Loss = Callable[[nn.Module, Generator], Tensor]
 CHECKPOINT = "checkpoint.safetensors"
-BEFORE_DECAY = "before-decay.safetensors"
 START = "start.safetensors"
 """What a stage begins with instead of random weights (`start.py`)."""
 
 FLAT_SHARE = 0.5
 """Part of the time before the learning rate begins to fall."""
+
+_PLAINLY = 1.2
+"""A finished stage has spent its minutes only roughly, for they were turned into steps half-way."""
 
 _LOG_EVERY = 20
 _PACE_WEIGHT = 0.1
@@ -49,6 +51,12 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("a budget is either minutes or steps")
+
+    def exceeds(self, steps: int, seconds: float) -> bool:
+        """Whether it was plainly made for more than a stage that has spent this much."""
+        if self.steps is not None:
+            return self.steps > steps
+        return self.minutes is not None and self.minutes * 60 > _PLAINLY * seconds
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class _Run:
     """Number of steps in all; 0 while that is not decided."""
     seconds: float = 0.0
     pace: float = 0.0
-    """Seconds of a step, as a moving average of this session; 0 before its first step."""
+    """Seconds of a step, as a moving average of this session; 0 before its second step, for the first is slower."""
 
     @property
     def finished(self) -> bool:
@@ -105,7 +113,8 @@ def train(
 
     With minutes, the plan is made on the way: the learning rate begins to fall when `FLAT_SHARE` of the time has
     passed, and falls for as many steps as the rest should give. Until then the budget may be changed by resuming with
-    another; the checkpoint of that moment stays as `before-decay.safetensors`.
+    another. A finished stage that is resumed with a larger budget makes a new plan for all of it: where more than half
+    is spent, the rate falls from its full height over what is left.
 
     Args:
         save_every: seconds between checkpoints.
@@ -123,18 +132,18 @@ def train(
     run = _start(stage, path)
     began, done_before, saved = time.monotonic(), run.seconds, time.monotonic()
     first = run.step
+    if run.finished and budget.exceeds(run.step, run.seconds):
+        run.decay_from = run.total = 0
     with _open_log(folder, first) as log:
         while not run.finished:
-            before = run.decay_from
             _plan(run, budget)
-            if run.decay_from != before:
-                _save(run, folder / BEFORE_DECAY, undecided=True)
             if run.finished:
                 break
             stepped = time.monotonic()
             loss = _step(run, stage)
             now = time.monotonic()
-            run.pace += (now - stepped - run.pace) * (_PACE_WEIGHT if run.pace else 1)
+            if run.step > first + 1:
+                run.pace += (now - stepped - run.pace) * (_PACE_WEIGHT if run.pace else 1)
             run.seconds = done_before + now - began
             if on_step is not None:
                 on_step(run.step, loss)
@@ -241,9 +250,8 @@ def _tensors(run: _Run) -> dict[str, Tensor]:
     }
 
 
-def _save(run: _Run, path: Path, *, undecided: bool = False) -> None:
-    plan = {"step": run.step, "seconds": run.seconds}
-    plan |= {"decay_from": 0, "total": 0} if undecided else {"decay_from": run.decay_from, "total": run.total}
+def _save(run: _Run, path: Path) -> None:
+    plan = {"step": run.step, "decay_from": run.decay_from, "total": run.total, "seconds": run.seconds}
     tensors = {name: value.detach().contiguous().clone() for name, value in _tensors(run).items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {key: repr(value) for key, value in plan.items()})
