@@ -11,6 +11,7 @@ import memorized
 import numpy as np
 import pictures
 import pytest
+import quality
 import torch
 
 from concept_ablation.core import token_rows
@@ -62,6 +63,16 @@ def test_the_words_of_the_shipped_prompts_are_trained():
     known |= set(icons.SETS.values())
     for template in (*source.instance_train, *source.instance_evaluation):
         assert set(template.replace(",", " ").split()) <= known, template
+
+
+def test_the_prompts_that_measure_the_model_are_held_out():
+    for template in (quality.TEMPLATE, quality.DEVELOPMENT[0]):
+        known = {word for one in captions.TEMPLATES for word in one.split()}
+        assert set(template.split()) <= known, template
+    assert quality.TEMPLATE not in captions.TEMPLATES
+    assert quality.TEMPLATE not in {
+        one.replace("{size}", size) for one in captions.SIZED_TEMPLATES for size in captions.SIZES
+    }
 
 
 def test_placed_pictures_have_the_icon_in_the_middle_and_the_background_around():

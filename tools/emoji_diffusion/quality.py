@@ -37,7 +37,9 @@ from concept_ablation.core.prompts import fill
 from concept_ablation.core.samplers import SampleSettings, draw_images
 
 SAMPLING = SampleSettings(steps=50, guidance=3.0)
-TEMPLATE = "a picture of a {}"
+TEMPLATE = "a picture of a cute {}"
+"""Held out: the words are known, but no training caption has put them together like this."""
+
 DEVELOPMENT = ("an emoji of a {}", 10**5)
 """Template and first seed for choosing by."""
 
