@@ -18,7 +18,7 @@ from concept_ablation.core import token_rows
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
 from concept_ablation.core.prompts import load_prompt_source
-from concept_ablation.tests.emoji_shapes import CONCEPTS, SCENE, SIZE, STYLES, shapes
+from concept_ablation.tests.emoji_shapes import CONCEPTS, SCENE, SIZE, STYLES, shapes, tiny
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
@@ -86,6 +86,15 @@ def test_placed_pictures_have_the_icon_in_the_middle_and_the_background_around()
         icon, place, torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1), 64, (torch.tensor([[20, 8]]), 24)
     )
     assert torch.allclose(window, image[:, :, 8:32, 20:44], atol=1e-5)
+
+
+def test_texts_without_the_positions_behind_them_have_the_same_embeddings():
+    from open_clip import SimpleTokenizer
+
+    model = judge.build(tiny().judge).eval()
+    tokens = SimpleTokenizer(context_length=40)(["", "a cat", "an emoji of a big owl in the style of noto on red"])
+    with torch.no_grad():
+        assert torch.allclose(judge.encode_texts(model, tokens), model.encode_text(tokens), atol=1e-5)
 
 
 def test_only_accidental_matches_leave_the_contrast():

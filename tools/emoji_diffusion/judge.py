@@ -95,7 +95,7 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
         images = worsen(F.interpolate(images, tower.image_size, mode="area"), rng)
         with fast_forward():
             seen = model.encode_image((images * 2 - 1).to(memory_format=torch.channels_last))
-            told = model.encode_text(tokenize(texts))
+            told = encode_texts(model, tokenize(texts))
         seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
         scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
         styles = told[batch:].view(-1, len(everything.styles), told.shape[1])
@@ -104,6 +104,20 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
         return contrast(scale * seen @ told[:batch].t(), subjects, captions) + F.cross_entropy(by_style, right)
 
     return loss
+
+
+def encode_texts(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What `CLIP.encode_text` makes of tokens [N, context], [N, D], without the positions behind the longest text.
+
+    Attention is causal and the text's embedding is read at its end token, so nothing there has a say; with short
+    captions they are half of the work.
+    """
+    tokens = tokens[:, : int(tokens.ne(0).sum(1).max())]
+    length = tokens.shape[1]
+    hidden = model.token_embedding(tokens) + model.positional_embedding[:length]
+    hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
+    # the end token is the last of the vocabulary
+    return hidden[torch.arange(len(tokens)), tokens.argmax(1)] @ model.text_projection
 
 
 def style_texts(subjects: Sequence[Subject], styles: Sequence[str], rng: Generator) -> list[str]:
