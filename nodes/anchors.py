@@ -20,7 +20,7 @@ from . import instruments
 from .concept import names
 from .images import as_picture
 from .progress import NodeProgress, memory_advice, show_text
-from .types import CATEGORY, Concepts, model_inputs, seed_input, size_inputs
+from .types import CATEGORY, Concepts, images_at_once_input, model_inputs, seed_input, size_inputs
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -67,13 +67,7 @@ class ConceptAblationFindAnchors(io.ComfyNode):
                     "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."
                 ),
                 *size_inputs(),
-                io.Int.Input(
-                    "images_at_once",
-                    default=16,
-                    min=1,
-                    max=1024,
-                    tooltip="Images drawn in one batch: fewer need less memory.",
-                ),
+                images_at_once_input(),
                 seed_input(),
                 instruments.detector_input(),
                 Concepts.Input("concepts", optional=True, tooltip="Concepts from another node; this one is added."),

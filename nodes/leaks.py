@@ -25,7 +25,7 @@ from .evaluate import judge_source
 from .images import picture_as_image
 from .paths import numbered, safe_name
 from .progress import NodeProgress, memory_advice, show_text
-from .types import CATEGORY, AblationDelta, Concepts, model_inputs, seed_input, size_inputs
+from .types import CATEGORY, AblationDelta, Concepts, images_at_once_input, model_inputs, seed_input, size_inputs
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -85,13 +85,7 @@ class ConceptAblationScanForLeaks(io.ComfyNode):
                     "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."
                 ),
                 *size_inputs(),
-                io.Int.Input(
-                    "images_at_once",
-                    default=16,
-                    min=1,
-                    max=1024,
-                    tooltip="Images drawn in one batch: fewer need less memory.",
-                ),
+                images_at_once_input(),
                 seed_input(),
                 io.String.Input(
                     "folder",

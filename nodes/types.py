@@ -63,6 +63,17 @@ def size_inputs() -> list[io.Input]:
     ]
 
 
+def images_at_once_input() -> io.Input:
+    """How many images a node draws in one batch, where no preset says it."""
+    return io.Int.Input(
+        "images_at_once",
+        default=16,
+        min=1,
+        max=1024,
+        tooltip="Images drawn in one batch: fewer need less memory.",
+    )
+
+
 def seed_input() -> io.Input:
     """A seed that stays as it is: a new one on every run would throw away what ComfyUI has cached."""
     return io.Int.Input(
