@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import augment
 import captions
 import icons
@@ -125,6 +127,47 @@ def test_style_texts_differ_in_nothing_but_the_style():
     rng = torch.Generator().manual_seed(0)
     noto, flat, *_ = judge.style_texts([OWL, OWL], STYLES, rng)
     assert noto.replace("noto", "flat") == flat and "owl" in flat
+
+
+def test_no_concept_has_the_name_of_a_category():
+    """ "A fish" would be asked for as one of the fish and as any of them."""
+    own = {*icons.CATEGORIES.values(), *icons.NAMED_CATEGORIES}
+    listed = {name for members in icons.NAMED_CATEGORIES.values() for name in members}
+    assert set(icons.RENAMED) <= own and set(icons.RENAMED.values()) <= listed | {"songbird"}
+    assert not listed & own
+
+
+def test_every_name_and_every_style_is_said_in_one_way():
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        first, second = judge.name_texts(["owl", "duck"], rng)
+        assert first.replace("an owl", "a duck").replace("owl", "duck") == second
+        one, other = judge.any_style_texts(STYLES, rng)
+        assert one.replace(STYLES[0], STYLES[1]) == other and "owl" not in one
+
+
+def test_a_judge_that_knows_names_and_styles_has_less_to_learn():
+    """Right answers lower the loss, whatever the batch: a judge without a clue pays the logarithm of the choices."""
+
+    class Clueless(torch.nn.Module):
+        logit_scale = torch.nn.Parameter(torch.tensor(4.0))
+        token_embedding = torch.nn.Embedding(49408, 4)
+
+        def encode_image(self, images):
+            return torch.ones(len(images), 4)
+
+    own, settings = shapes(), tiny()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(judge, "encode_texts", lambda _, tokens: torch.ones(len(tokens), 4))
+        loss = judge.judge_loss(
+            own,
+            pictures.Pictures(own.rgba[:0], own.concept[:0], own.style[:0], (), STYLES, ()),
+            settings,
+            settings.judge,
+        )
+        value = loss(Clueless(), torch.Generator().manual_seed(0)).item()
+    names, styles = math.log(len(CONCEPTS)), math.log(len(STYLES))
+    assert names + 2 * styles < value <= names + 2 * styles + math.log(settings.judge.optimization.batch) + 1e-3
 
 
 def test_unseen_concepts_are_every_eighth_and_no_picture_is_in_both():

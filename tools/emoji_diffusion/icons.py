@@ -70,13 +70,22 @@ CATEGORIES = {
     "food-sweet": "dessert",
     "musical-instrument": "musical instrument",
 }
+# Concepts that Unicode calls by the name of their category: "a cat" would be asked for in one caption and in the other.
+RENAMED = {
+    "cat": "standing cat",
+    "dog": "standing dog",
+    "monkey": "standing monkey",
+    "bear": "brown bear",
+    "bird": "songbird",
+    "fish": "river fish",
+}
 # Of the other subgroups these few; and concepts whose nearest category is narrower than their subgroup's.
 NAMED_CATEGORIES = {
-    "fish": ("fish", "tropical fish", "blowfish", "shark"),
-    "cat": ("cat", "cat face"),
-    "dog": ("dog", "dog face", "poodle"),
-    "monkey": ("monkey", "monkey face", "gorilla"),
-    "bear": ("bear", "panda", "koala"),
+    "fish": ("river fish", "tropical fish", "blowfish", "shark"),
+    "cat": ("standing cat", "cat face"),
+    "dog": ("standing dog", "dog face", "poodle"),
+    "monkey": ("standing monkey", "monkey face", "gorilla"),
+    "bear": ("brown bear", "panda", "koala"),
     "apple": ("red apple", "green apple"),
     "tree": ("evergreen tree", "deciduous tree", "palm tree"),
     "car": ("automobile", "taxi", "police car", "racing car", "sport utility vehicle"),
@@ -251,21 +260,22 @@ def other_concepts(
 def widely_drawn(
     names: Mapping[str, Mapping[str, Any]], taxonomy: Mapping[str, tuple[str, str]], sets: Sequence[IconSet]
 ) -> Iterator[tuple[str, str, str]]:
-    """Name, group and subgroup of every emoji that at least `MINIMUM_SETS` sets draw."""
+    """Our name, group and subgroup of every emoji that at least `MINIMUM_SETS` sets draw."""
     known = [names_of(one.icons) for one in sets]
     for emoji, entry in names.items():
         name = entry["name"].lower()
         if sum(slug(name) in icons for icons in known) >= min(MINIMUM_SETS, len(sets)):
-            yield name, *taxonomy.get(emoji.replace("\ufe0f", ""), ("", ""))
+            yield RENAMED.get(name, name), *taxonomy.get(emoji.replace("\ufe0f", ""), ("", ""))
 
 
 def render_all(concepts: Sequence[Concept], sets: Sequence[IconSet], size: int = SIZE) -> Pictures:
     """Every chosen concept in every set that has it."""
+    unicode_names = {ours: name for name, ours in RENAMED.items()}
     rgba, concept, style = [], [], []
     for which, one in enumerate(sets):
         names = names_of(one.icons)
         for index, wanted in enumerate(concepts):
-            if (name := names.get(slug(wanted.name))) is not None:
+            if (name := names.get(slug(unicode_names.get(wanted.name, wanted.name)))) is not None:
                 rgba.append(render(svg(one.icons, name), size))
                 concept.append(index)
                 style.append(which)

@@ -27,7 +27,9 @@ _OTHERS_SHARE = 0.4
 """Of a batch: pictures of other concepts."""
 
 _STYLED_SHARE = 0.15
-"""Of a batch: pictures that are asked for their style; each takes a text for every style."""
+"""Of a batch: pictures that are asked for their style by name; each takes a text for every style."""
+
+_ANYTHING = ("emoji", "an emoji", "a picture")
 
 _UNSEEN_EVERY = 8
 _NOISE = 0.06
@@ -59,10 +61,11 @@ def seen_and_unseen(others: Pictures) -> tuple[Pictures, Pictures]:
 
 
 def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: Tower) -> Loss:
-    """CLIP's loss over a batch, and the cross-entropy of the style of a part of it.
+    """CLIP's loss over a batch, and what judges are asked for later: which of all names a picture has, and which style.
 
-    The model's own pictures are too few to learn what a style is: whoever sees them often enough knows each by heart.
-    So part of every batch are other concepts of the same icon sets.
+    A batch alone teaches neither well: it rarely holds two birds that must be told apart, and never all the styles of
+    one thing. And the model's own pictures are too few to learn what a style is: whoever sees them often enough knows
+    each by heart. So part of every batch are other concepts of the same icon sets.
     """
     from open_clip import SimpleTokenizer
 
@@ -74,34 +77,47 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
     strangers = round(_OTHERS_SHARE * (batch - memorized)) if len(others) else 0
     styled = max(1, round(_STYLED_SHARE * batch))
     everything = joined(pictures, others)
+    names = [one.name for one in pictures.concepts]
 
     def loss(model: nn.Module, rng: Generator) -> Tensor:
         own = torch.randint(len(pictures), (batch - memorized - strangers,), generator=rng)
         other = len(pictures) + torch.randint(max(1, len(others)), (strangers,), generator=rng)
-        # shuffled, so that the first ones, whose styles are asked for, are of both
+        # shuffled, so that the first ones, whose styles are asked for by name, are of both
         index = torch.cat((own, other))[torch.randperm(batch - memorized, generator=rng)]
         choice = choose(index, rng)
         images = draw(everything, choice, settings.image_size)
         subjects = choice.subjects(everything)
         captions = [caption(subject, rng, empty_share=0.0) for subject in subjects]
-        texts = [one.text for one in captions] + style_texts(subjects[:styled], everything.styles, rng)
         if memorized:
             which = torch.randint(len(scenes), (memorized,), generator=rng)
             said = [scenes[one].caption for one in which.tolist()]
             images = torch.cat((images, scene_images[which]))
             subjects += [Subject(text, text, "", "") for text in said]
             captions += [Caption(text, name=text) for text in said]
-            texts[len(index) : len(index)] = said
+        texts = (
+            [one.text for one in captions],
+            name_texts(names, rng),
+            any_style_texts(everything.styles, rng),
+            style_texts(subjects[: min(styled, len(index))], everything.styles, rng),
+        )
         images = worsen(F.interpolate(images, tower.image_size, mode="area"), rng)
         with fast_forward():
             seen = model.encode_image((images * 2 - 1).to(memory_format=torch.channels_last))
-            told = encode_texts(model, tokenize(texts))
+            told = encode_texts(model, tokenize([text for part in texts for text in part]))
         seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
-        scale = model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        styles = told[batch:].view(-1, len(everything.styles), told.shape[1])
-        by_style = scale * torch.einsum("bd,bsd->bs", seen[: len(styles)], styles)
-        right = everything.style[choice.picture[: len(styles)]]
-        return contrast(scale * seen @ told[:batch].t(), subjects, captions) + F.cross_entropy(by_style, right)
+        seen = seen * model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+        of_captions, of_names, of_styles, of_named_styles = told.split([len(part) for part in texts])
+
+        concepts, styles = everything.concept[choice.picture], everything.style[choice.picture]
+        known = concepts < len(names)
+        parts = [contrast(seen @ of_captions.t(), subjects, captions)]
+        if known.any():
+            parts.append(F.cross_entropy(seen[: len(index)][known] @ of_names.t(), concepts[known]))
+        parts.append(F.cross_entropy(seen[: len(index)] @ of_styles.t(), styles))
+        of_named_styles = of_named_styles.view(-1, len(everything.styles), told.shape[1])
+        by_style = torch.einsum("bd,bsd->bs", seen[: len(of_named_styles)], of_named_styles)
+        parts.append(F.cross_entropy(by_style, styles[: len(by_style)]))
+        return torch.stack(parts).sum()
 
     return loss
 
@@ -128,6 +144,19 @@ def style_texts(subjects: Sequence[Subject], styles: Sequence[str], rng: Generat
         plain, phrase = fill(dice.choose(TEMPLATES), subject.name), dice.choose(STYLE_PHRASES)
         texts += [join(plain, phrase.format(style)) for style in styles]
     return texts
+
+
+def name_texts(names: Sequence[str], rng: Generator) -> list[str]:
+    """Every name, said in the same random way."""
+    template = Dice(rng).choose(TEMPLATES)
+    return [fill(template, name) for name in names]
+
+
+def any_style_texts(styles: Sequence[str], rng: Generator) -> list[str]:
+    """Every style, said in the same random way, of nothing in particular."""
+    dice = Dice(rng)
+    plain, phrase = dice.choose(_ANYTHING), dice.choose(STYLE_PHRASES)
+    return [join(plain, phrase.format(style)) for style in styles]
 
 
 def contrast(logits: Tensor, subjects: Sequence[Subject], captions: Sequence[Caption]) -> Tensor:
