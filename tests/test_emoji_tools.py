@@ -17,6 +17,7 @@ import judge
 import latents
 import memorized
 import numpy as np
+import optimizer
 import pictures
 import pytest
 import settings
@@ -237,3 +238,33 @@ def test_the_fast_gradient_of_a_convolution_is_the_gradient(channels, edge, stri
         gradients.append((point.grad, *(one.grad for one in module.parameters())))
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() < 0.02 * one.norm()
+
+
+# --- The optimizer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+def test_orthogonalized_brings_every_singular_value_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = optimizer.orthogonalized(matrix)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.3 and values.max() < 1.25
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    own = left.t() @ found @ right.t()
+    assert torch.allclose(own, own.diagonal().diag(), atol=1e-4), "the singular vectors stay"
+
+
+def test_muon_steps_as_torchs_own_does():
+    weights = torch.randn(48, 80, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (torch.nn.Parameter(weights.clone()) for _ in range(2))
+    own = optimizer.Muon([mine], weight_decay=0.1)
+    own.param_groups[0]["lr"] = 0.02
+    torchs = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        mine.grad = theirs.grad = torch.randn(48, 80, generator=rng)
+        own.step()
+        torchs.step()
+    moved = (theirs - weights).norm()
+    # torch iterates in bf16
+    assert (mine - theirs).norm() < 0.02 * moved

@@ -42,6 +42,8 @@ class AblatePage:
         self._errors: dict[str, gr.HTML] = {}
         self._seen = gr.State((0, 0))
         self._timer = gr.Timer(1.0, active=False)
+        # on its own the other would stay asleep for good if an answer that stops it came after the one that starts it
+        self._watch = gr.Timer(5.0)
         with gr.Row(elem_classes="ca-columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="ca-form"):
                 self._build_form()
@@ -200,6 +202,7 @@ class AblatePage:
             api_name="progress",
             **in_turn(),
         )
+        self._watch.tick(self.poll, self.poll_inputs, self.poll_outputs, **quiet, **in_turn())
         told = {"show_progress": "hidden", "api_name": "cancel", **in_turn()}
         self._cancel.click(self._stop, self.poll_inputs, self.poll_outputs, **told)
         suggestion = [f["target"], f["anchor"], f["kind"], f["model"]]

@@ -25,6 +25,7 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
+from ..precision import cpu_has_bf16
 from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
 from ..vocabulary import COMMON, Vocabulary
@@ -333,7 +334,7 @@ def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch
     if precision not in PRECISIONS:
         raise AblationError(f"There is no precision '{precision}': choose one of {', '.join(PRECISIONS)}.")
     if device.type == "cpu":
-        fast = precision == "bf16" or (precision == "auto" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        fast = precision == "bf16" or (precision == "auto" and cpu_has_bf16())
         return torch.float32, torch.bfloat16 if fast else None
     if precision == "auto":
         # not fp16: without loss scaling its gradients would vanish

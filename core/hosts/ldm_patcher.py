@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..delta import EDITABLE, TEXT_PREFIXES, Delta
 from ..denoiser import Denoiser, LatentCodec
 from ..errors import AblationError, IncompatibleDelta
+from ..precision import cpu_has_bf16
 
 BATCH, TRAINING = 16, 3
 """What a host is asked to keep free: its own estimate for images of this batch, times what a backward pass adds."""
@@ -181,7 +182,7 @@ def autocast_dtype(device: torch.device, compute: torch.dtype, precision: str) -
     if precision == "fp32" or compute != torch.float32:
         return None
     if device.type == "cpu":
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+        return torch.bfloat16 if cpu_has_bf16() else None
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from concept_ablation import cli
 from concept_ablation.core import delta_file
 
+playwright = pytest.importorskip("playwright.sync_api")
+
 SAMPLING = 4
 TINY = {
     "Steps": "6",
@@ -43,8 +45,13 @@ def ablate(page):
     page.locator("button:visible", has_text="Ablate").last.click()
 
 
-def await_state(page, state):
-    page.locator(f".ca-card.ca-{state}").wait_for(timeout=MILLISECONDS)
+def await_state(page, state, title=""):
+    """Wait until the job of that title is in that state; say what the page shows instead."""
+    try:
+        page.locator(f".ca-card.ca-{state}", has_text=title).wait_for(timeout=MILLISECONDS)
+    except playwright.TimeoutError as error:
+        shown = page.locator(".ca-side, .ca-error").all_inner_texts()
+        raise AssertionError(f"no card is {state}: {shown}") from error
 
 
 def picture(page, section, alt):
@@ -203,7 +210,7 @@ def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts):
     for target, anchor in (("tropical fish", "fish"), ("rooster", "bird")):
         fill(page, target, anchor, **{"Steps": "2", "Name of the saved file": f"../../{target} kept"})
         ablate(page)
-        page.locator(".ca-card.ca-done", has_text=target).wait_for(timeout=MILLISECONDS)
+        await_state(page, "done", target)
     names = ["tropical-fish-kept.safetensors", "rooster-kept.safetensors"]
     assert all((site.output / "deltas" / name).is_file() for name in names)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _OTHERS_SHARE = 0.4
 """Of a batch: pictures of other concepts."""
 
-_STYLED_SHARE = 0.15
+_STYLED_SHARE = 0.06
 """Of a batch: pictures that are asked for their style by name; each takes a text for every style."""
 
 _ANYTHING = ("emoji", "an emoji", "a picture")
@@ -103,10 +103,10 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
         images = worsen(F.interpolate(images, tower.image_size, mode="area"), rng)
         with fast_forward():
             seen = model.encode_image((images * 2 - 1).to(memory_format=torch.channels_last))
-            told = encode_texts(model, tokenize([text for part in texts for text in part]))
-        seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
-        seen = seen * model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
-        of_captions, of_names, of_styles, of_named_styles = told.split([len(part) for part in texts])
+            # apart, because some are shorter
+            told = [encode_texts(model, tokenize(part)) for part in texts]
+        of_captions, of_names, of_styles, of_named_styles = (F.normalize(part.float(), dim=-1) for part in told)
+        seen = F.normalize(seen.float(), dim=-1) * model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
 
         concepts, styles = everything.concept[choice.picture], everything.style[choice.picture]
         known = concepts < len(names)
@@ -114,7 +114,7 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
         if known.any():
             parts.append(F.cross_entropy(seen[: len(index)][known] @ of_names.t(), concepts[known]))
         parts.append(F.cross_entropy(seen[: len(index)] @ of_styles.t(), styles))
-        of_named_styles = of_named_styles.view(-1, len(everything.styles), told.shape[1])
+        of_named_styles = of_named_styles.view(-1, len(everything.styles), seen.shape[1])
         by_style = torch.einsum("bd,bsd->bs", seen[: len(of_named_styles)], of_named_styles)
         parts.append(F.cross_entropy(by_style, styles[: len(by_style)]))
         return torch.stack(parts).sum()
