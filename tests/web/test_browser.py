@@ -42,7 +42,8 @@ def fill(page, target, anchor, **other):
 
 
 def ablate(page):
-    page.locator("button:visible", has_text="Ablate").last.click()
+    # by its role: while the button still says "Add to the queue", the tab is the only thing that says "Ablate"
+    page.get_by_role("button", name="Ablate", exact=True).click()
 
 
 def await_state(page, state, title=""):
