@@ -42,7 +42,7 @@ class AblatePage:
         self._errors: dict[str, gr.HTML] = {}
         self._seen = gr.State((0, 0))
         self._timer = gr.Timer(1.0, active=False)
-        # on its own the other would stay asleep for good if an answer that stops it came after the one that starts it
+        # by this one a second window of the same session catches up, whose other timer nothing has started
         self._watch = gr.Timer(5.0)
         with gr.Row(elem_classes="ca-columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="ca-form"):
