@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from .cli_console import console, progress_bars
 from .cli_options import (
     AnchorPrompts,
     Detector,
@@ -59,7 +60,6 @@ def attack(
     prediction: Prediction = None,
 ) -> None:
     """Attack an edit by textual inversion: success against budget, beside the pretrained model; writes attack.json."""
-    from . import cli
     from .core import delta_file
     from .core.attack import AttackSettings, attack_score
     from .core.attack_report import write_attack
@@ -79,7 +79,7 @@ def attack(
     concept = concept_of(first, target, anchor, kind, prompts)
     originals = read_originals([concept.target], concept.kind, original)
     instruments = load_instruments(copy_detector=copy_detector, originals=originals, device=denoiser.device)
-    with cli._progress() as on_progress:
+    with progress_bars() as on_progress:
         # the judge's pictures of the target have seeds of their own, far from those of the attack
         looks = ScanSettings(sample=sample, first_seed=seed + 2_000_000)
         words = known_words(model, concept.target)
@@ -88,7 +88,7 @@ def attack(
         report = attack_score(denoiser, edits, concept, recognise, settings, on_progress=on_progress)
     path = write_attack(output, report)
     _show(report)
-    cli.console.print(f"Figures and plot: {path.resolve()}")
+    console.print(f"Figures and plot: {path.resolve()}")
 
 
 def _checkpoints(text: str) -> tuple[int, ...]:
@@ -99,8 +99,6 @@ def _checkpoints(text: str) -> tuple[int, ...]:
 
 
 def _show(report: AttackReport) -> None:
-    from . import cli
-
     table = Table(title=f"Pictures of the learnt word that show '{report.concept.target}'")
     table.add_column("steps", justify="right")
     for name in report.curves:
@@ -108,4 +106,4 @@ def _show(report: AttackReport) -> None:
     for points in zip(*(curve.checkpoints for curve in report.curves.values()), strict=True):
         shares = [f"{point.success.value:.2f} ({interval_words(point.success)})" for point in points]
         table.add_row(str(points[0].steps), *shares)
-    cli.console.print(table)
+    console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .cli_console import console
+from .cli_inputs import load_model
 from .cli_options import NETWORK_JUDGE, Device, JudgeOption, Model, Precision, Prediction
 from .core.errors import AblationError
 
@@ -31,8 +31,6 @@ ROOT = Path(__file__).resolve().parent
 TASK_LIST = ROOT / "benchmarks" / "tasks.toml"
 PICTURES = ROOT / "assets" / "emoji_diffusion" / "memorized"
 EVERYTHING = "table objectives subsets styles memorized several anchors limits attack"
-
-console = Console(markup=False, emoji=False, soft_wrap=True)
 
 
 def bench(
@@ -224,13 +222,10 @@ def _show_conclusions(found: Mapping[str, Any]) -> None:
 def _model(
     model: str | None, device: str | None, precision: str, prediction: str | None
 ) -> tuple[DiffusersDenoiser, ModelHints]:
-    if model is None:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with console.status("Loading the model"):
-        from .core.hosts.diffusers import EMBEDDED_MODEL, load_denoiser, load_hints
+    from .core.hosts.diffusers import EMBEDDED_MODEL, load_hints
 
-        denoiser = load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
-        return denoiser, load_hints(EMBEDDED_MODEL if model is None else Path(model))
+    folder = EMBEDDED_MODEL if model is None else Path(model)
+    return load_model(model, device, precision, prediction), load_hints(folder)
 
 
 def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenoiser) -> list[Judge]:

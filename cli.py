@@ -5,25 +5,21 @@ Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.text import Text
 
 from .attack_cli import attack
 from .bench_cli import bench
+from .cli_console import console, progress_bars
+from .cli_inputs import load_model, load_with_judge, make_tasks, require_safetensors, with_strength
 from .cli_options import (
-    NETWORK_JUDGE,
     AnchorPrompts,
     AutoPreserve,
     Composition,
@@ -63,12 +59,6 @@ from .leaks_cli import leaks
 from .sweep_cli import sweep
 from .web.app import ui
 
-if TYPE_CHECKING:
-    from .core.ablation import Task
-    from .core.hosts.diffusers import DiffusersDenoiser
-    from .core.metrics import Judge
-    from .core.progress import Progress, ProgressCallback
-
 OUT_OF_MEMORY = "Out of memory: lower --batch, add --checkpointing, or choose a smaller subset."
 
 app = typer.Typer(
@@ -77,7 +67,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(markup=False, emoji=False, soft_wrap=True)
 
 
 @app.command(epilog="On several GPUs or machines: accelerate launch -m concept_ablation.cli ablate ..., or torchrun.")
@@ -129,11 +118,11 @@ def ablate(
 
     originals = read_originals(target, kind, original)
     search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
-    tasks = () if search else _tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
+    tasks = () if search else make_tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(
         prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition
     )
-    denoiser, referee = _load(model, judge, device, precision, prediction)
+    denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
     sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
     training = {**sizes, "learning_rate": learning_rate}
     chosen = recipe(
@@ -149,12 +138,12 @@ def ablate(
     )
     measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
     instruments = load_instruments(**measuring, device=denoiser.device)
-    with _progress() as bars, profiled(profile, bars, chosen.training) as on_progress:
+    with progress_bars() as bars, profiled(profile, bars, chosen.training) as on_progress:
         tasks = search.run(denoiser, instruments, output, on_progress) if search else tasks
         found = ablate_and_report(
             denoiser, tasks, chosen, referee, evaluation, output, on_progress, instruments=instruments
         )
-    print_evaluation(found, output, console)
+    print_evaluation(found, output)
 
 
 @app.command()
@@ -189,12 +178,12 @@ def sample(
     from .core.samplers import SampleSettings, draw_images
 
     settings = SampleSettings(steps, guidance, sampler, eta, schedule, negative)
-    edits = [(delta_file.load(path), strength) for path, strength in map(_with_strength, delta or [])]
+    edits = [(delta_file.load(path), strength) for path, strength in map(with_strength, delta or [])]
     require_writable(output)
-    denoiser = _load_model(model, device, precision, prediction)
+    denoiser = load_model(model, device, precision, prediction)
     requests = [(index, text, seed + i) for index, text in enumerate(prompt) for i in range(count)]
     with ExitStack() as stack:
-        on_progress = stack.enter_context(_progress())
+        on_progress = stack.enter_context(progress_bars())
         for edit, strength in edits:
             stack.enter_context(edit.attach(denoiser, strength))
         reporter = Reporter(on_progress, "Drawing", len(requests) * steps)
@@ -215,8 +204,8 @@ def merge(
     from .core import delta_file
     from .core.delta import merge as add
 
-    _require_safetensors(output)
-    total = add((delta_file.load(path), strength) for path, strength in map(_with_strength, delta))
+    require_safetensors(output)
+    total = add((delta_file.load(path), strength) for path, strength in map(with_strength, delta))
     delta_file.save(total, output)
     console.print(f"{output}: {len(total.layers)} layers, {output.stat().st_size / 1e6:.1f} MB")
 
@@ -231,7 +220,7 @@ def export(
     from .core import delta_file
     from .core.delta import to_lora
 
-    _require_safetensors(output)
+    require_safetensors(output)
     lora, kept = to_lora(delta_file.load(delta), rank)
     delta_file.save(lora, output)
     console.print(f"{output}: rank {rank}, {output.stat().st_size / 1e6:.1f} MB, {kept:.1%} of the energy kept")
@@ -253,11 +242,11 @@ def demo(
         Task(Concept("twemoji", "emoji", "style"), ("noto", "fluent", "flat", "blob")),
     )
     evaluation = EvaluationSettings(prompts=4, seeds=4, sample=SampleSettings(steps=15))
-    denoiser, referee = _load(None, None, None, "auto", None)
-    with _progress() as on_progress:
+    denoiser, referee = load_with_judge(None, None, None, "auto", None)
+    with progress_bars() as on_progress:
         chosen = recipe("balanced", denoiser)
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
-    print_evaluation(found, output, console)
+    print_evaluation(found, output)
 
 
 for command in (evaluate, leaks, attack, compress, bench, sweep, ui):
@@ -292,85 +281,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     Console(stderr=True).print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
     sys.exit(code)
-
-
-def _tasks(
-    targets: Sequence[str],
-    anchors: Sequence[str],
-    kind: str,
-    surrounding: Sequence[str] | None,
-    prompts: Path | None,
-    target_prompts: Path | None,
-) -> tuple[Task, ...]:
-    from .core.ablation import Task
-    from .core.concept import Concept
-    from .core.prompts import read_prompt_file
-
-    if len(targets) != len(anchors):
-        raise AblationError(f"There are {len(targets)} targets and {len(anchors)} anchors: give one anchor per target.")
-    extra: dict[str, Any] = {}
-    if prompts is not None:
-        extra["anchor_prompts"] = read_prompt_file(prompts)
-    if target_prompts is not None:
-        extra["target_prompts"] = read_prompt_file(target_prompts)
-    return tuple(
-        Task(Concept(target, anchor, kind, **extra), tuple(surrounding or ()))
-        for target, anchor in zip(targets, anchors, strict=True)
-    )
-
-
-def _load(
-    model: str | None, judge: str | None, device: str | None, precision: str, prediction: str | None
-) -> tuple[DiffusersDenoiser, Judge]:
-    """The model and its judge, before any work is done."""
-    from .core.metrics import Judge
-
-    denoiser = _load_model(model, device, precision, prediction)
-    return denoiser, Judge.load(judge or (None if model is None else NETWORK_JUDGE), denoiser.device)
-
-
-def _load_model(model: str | None, device: str | None, precision: str, prediction: str | None) -> DiffusersDenoiser:
-    if model is None:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded, and they flash by
-    with console.status("Loading the model"):
-        from .core.hosts.diffusers import load_denoiser
-
-        return load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
-
-
-def _with_strength(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH]: what follows the last colon is a strength only if it is a number (C:\\x.safetensors:0.5)."""
-    path, colon, number = text.rpartition(":")
-    if not colon:
-        return Path(text), 1.0
-    try:
-        strength = float(number)
-    except ValueError:
-        return Path(text), 1.0
-    if not math.isfinite(strength):
-        raise AblationError(f"The strength of {path} must be a finite number, not {number}.")
-    return Path(path), strength
-
-
-def _require_safetensors(path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise AblationError(f"{path.name} must end in .safetensors, or no LoRA loader will find it.")
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A progress bar for each phase of a run."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[loss]}"), console=console) as bar:
-        bars: dict[str, Any] = {}
-
-        def show(progress: Progress) -> None:
-            if progress.phase not in bars:
-                bars[progress.phase] = bar.add_task(progress.phase, total=progress.total, loss="")
-            loss = "" if progress.loss is None else f"loss {progress.loss:.2e}"
-            bar.update(bars[progress.phase], completed=progress.step, loss=loss)
-
-        yield show
 
 
 if __name__ == "__main__":

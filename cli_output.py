@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from .cli_console import console
 from .evidence_cli import interval_words, show_evidence
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .core.evaluation import Evaluation
 
 
-def print_evaluation(found: Evaluation, output: Path, console: Console) -> None:
+def print_evaluation(found: Evaluation, output: Path) -> None:
     """Print the accuracies before and after, what else was measured, and where the report is."""
     table = Table(title=f"CLIP accuracy, {found.judge}")
     for heading in ("ablation", "concept", "role"):
@@ -26,7 +26,7 @@ def print_evaluation(found: Evaluation, output: Path, console: Console) -> None:
         figures = f"{row.before.clip_accuracy:.2f}", f"{row.after.clip_accuracy:.2f}"
         table.add_row(row.ablation, row.name, row.role, *figures, _interval(row.details))
     console.print(table)
-    show_evidence(found, console)
+    show_evidence(found)
     console.print(f"Report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_console import console, progress_bars
+from .cli_inputs import load_model, load_with_judge, make_tasks, require_safetensors
 from .cli_options import (
     Device,
     EvalPrompts,
@@ -58,14 +60,13 @@ def compress(
     prediction: Prediction = None,
 ) -> None:
     """Make a delta small: the lowest rank that keeps what it does, measured on development prompts, as a LoRA file."""
-    from . import cli
     from .core import delta_file, low_rank
     from .core.delta import check_fits
     from .core.effect import FIRST_SEED, ClipEffect, OutputEffect
     from .core.evaluation import EvaluationSettings
     from .core.files import require_writable
 
-    cli._require_safetensors(output)
+    require_safetensors(output)
     if measure not in ("clip", "output"):
         raise AblationError(f"There is no measure '{measure}': choose clip or output.")
     whole = delta_file.load(delta)
@@ -76,12 +77,12 @@ def compress(
         raise AblationError(f"{delta.name} changes no matrix, so it has no rank: keep it as it is.")
     require_writable(output.parent)
     if measure == "clip":
-        denoiser, referee = cli._load(model, judge, device, precision, prediction)
+        denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
     else:
-        denoiser, referee = cli._load_model(model, device, precision, prediction), None
+        denoiser, referee = load_model(model, device, precision, prediction), None
     check_fits(whole, denoiser)
     names = [tuple(surrounding or ())] * len(concepts)
-    with cli._progress() as on_progress:
+    with progress_bars() as on_progress:
         effect: Effect
         if referee is None:
             effect = OutputEffect(denoiser, whole, concepts, names, on_progress=on_progress)
@@ -96,7 +97,7 @@ def compress(
     note = {"concept_ablation.kept_effect": f"{tried[chosen]:.4f}", "concept_ablation.kept_effect_measure": measure}
     delta_file.save(replace(found, metadata={**found.metadata, **note}), output)
     before, after = (path.stat().st_size / 1e6 for path in (delta, output))
-    cli.console.print(
+    console.print(
         f"{output}: rank {chosen}, {after:.2f} MB instead of {before:.2f} MB, {tried[chosen]:.1%} of the effect kept "
         f"({measure}; tried {', '.join(f'{r}: {kept:.1%}' for r, kept in sorted(tried.items()))})"
     )
@@ -114,9 +115,8 @@ def _of_rank(factors: Delta, rank: int) -> Delta:
 
 def _concepts(delta: Delta, targets: list[str] | None, anchors: list[str] | None, kind: str) -> tuple[Concept, ...]:
     """What the delta ablates: what the options say, otherwise what its file says."""
-    from . import cli
     from .core.delta_header import named_concepts
 
     if targets is None and anchors is None:
         return named_concepts(delta.metadata)
-    return tuple(task.concept for task in cli._tasks(targets or [], anchors or [], kind, None, None, None))
+    return tuple(task.concept for task in make_tasks(targets or [], anchors or [], kind, None, None, None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .cli_console import progress_bars
+from .cli_inputs import make_tasks
 from .cli_options import (
     AnchorPrompts,
     Anchors,
@@ -53,14 +55,13 @@ def evaluate(
     prediction: Prediction = None,
 ) -> None:
     """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
-    from . import cli
     from .core.ablation import report_inputs
     from .core.evaluation import EvaluationSettings
     from .core.evaluation import evaluate as measure
     from .core.instruments import load_instruments
     from .core.report import write_report
 
-    tasks = cli._tasks(target, anchor, kind, surrounding, prompts, target_prompts)
+    tasks = make_tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     settings = EvaluationSettings(
         prompts=eval_prompts, seeds=eval_seeds, first_seed=seed, misspellings=misspellings, composition=composition
     )
@@ -69,8 +70,8 @@ def evaluate(
     instruments = load_instruments(
         copy_detector=copy_detector, inception=inception, originals=originals, device=denoiser.device
     )
-    with cli._progress() as on_progress:
+    with progress_bars() as on_progress:
         concepts, names = [task.concept for task in tasks], [task.surrounding for task in tasks]
         found = measure(denoiser, edit, concepts, names, referee, settings, on_progress, instruments)
     write_report(output, report_inputs(denoiser, tasks, delta, found))
-    print_evaluation(found, output, cli.console)
+    print_evaluation(found, output)

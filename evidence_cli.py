@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from .cli_console import console
+from .cli_inputs import load_with_judge
 from .core.errors import AblationError
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
     from .core.ablation import Task
     from .core.concept import Concept
@@ -45,14 +46,13 @@ def load_edited(
     Raises:
         AblationError: the delta is damaged or of another model, `output` cannot be written, or as `load_denoiser`.
     """
-    from . import cli
     from .core import delta_file
     from .core.delta import check_fits
     from .core.files import require_writable
 
     edit = delta_file.load(delta)
     require_writable(output)
-    denoiser, referee = cli._load(model, judge, device, precision, prediction)
+    denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
     check_fits(edit, denoiser)
     return edit, denoiser, referee
 
@@ -186,7 +186,6 @@ class AnchorSearch:
         self, denoiser: DiffusersDenoiser, instruments: Instruments, output: Path, on_progress: ProgressCallback
     ) -> tuple[Task, ...]:
         """Find the anchors, write what was found to `output`, and say it in a table."""
-        from . import cli
         from .core.ablation import Task
         from .core.files import require_writable
         from .core.memorized import find_anchors, write_found
@@ -199,7 +198,7 @@ class AnchorSearch:
         )
         write_found(output, found)
         concept = found.concept
-        cli.console.print(
+        console.print(
             f"The caption gives copies of the picture in {found.caption.copy_rate:.0%} of its pictures. "
             f"{len(concept.target_prompts)} paraphrases are removed with it, {len(concept.anchor_prompts)} are drawn "
             f"instead: see {output / 'paraphrases.json'}."
@@ -207,7 +206,7 @@ class AnchorSearch:
         return (Task(concept, self.surrounding),)
 
 
-def show_evidence(found: Evaluation, console: Console) -> None:
+def show_evidence(found: Evaluation) -> None:
     """Tables of what was measured beside CLIP accuracy, as far as it was."""
     distances = Table(title="Kernel distance before to after, ± standard error")
     for heading in ("ablation", "concept", "role"):

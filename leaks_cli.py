@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from .cli_console import console, progress_bars
 from .cli_options import (
     AnchorPrompts,
     DeltaFile,
@@ -74,7 +75,6 @@ def leaks(
     """Search prompts that still reach the target in spite of a delta; writes leaks.json and a sheet for each leak."""
     from dataclasses import replace
 
-    from . import cli
     from .core.instruments import load_instruments
     from .core.leak_sheets import check_feed_back, write_feed_back, write_leaks
     from .core.leaks import ScanSettings, scan
@@ -96,25 +96,21 @@ def leaks(
         styles=tuple(style or ()),
         neighbours=(*(neighbour or ()), *known.neighbours),
     )
-    with cli._progress() as on_progress:
+    with progress_bars() as on_progress:
         recognise = recogniser(denoiser, referee, concept, instruments, words, settings, on_progress)
         report = scan(denoiser, edit, concept, recognise, settings, words, on_progress)
     sheets = write_leaks(output, report)
     _show(report)
     for text in report.not_tried:
-        cli.console.print(f"Not tried: {text}")
-    cli.console.print(
-        f"{len(report.leaks)} leaks, {len(sheets)} sheets of pictures: {(output / 'leaks.json').resolve()}"
-    )
+        console.print(f"Not tried: {text}")
+    console.print(f"{len(report.leaks)} leaks, {len(sheets)} sheets of pictures: {(output / 'leaks.json').resolve()}")
     if feed_back is not None:
         count = write_feed_back(feed_back, report)
         told = f"{count} prompts for --target-prompts in {feed_back}" if count else f"no leak, so no {feed_back}"
-        cli.console.print(f"Feed back: {told}")
+        console.print(f"Feed back: {told}")
 
 
 def _show(report: LeakReport) -> None:
-    from . import cli
-
     table = Table(title=f"Prompts that may reach '{report.concept.target}' (the {_SHOWN} worst)")
     for heading in ("verdict", "prompt", "sort"):
         table.add_column(heading)
@@ -123,8 +119,8 @@ def _show(report: LeakReport) -> None:
     for one in report.findings[:_SHOWN]:
         shares = f"{one.before.value:.2f}", f"{one.after.value:.2f}", interval_words(one.after)
         table.add_row(one.verdict, one.candidate.prompt, one.candidate.family, *shares)
-    cli.console.print(table)
-    cli.console.print(
+    console.print(table)
+    console.print(
         f"The target's own prompt: {report.target_before.value:.2f} before, {report.target_after.value:.2f} after. "
         f"The anchor's pictures that are taken for the target: {report.false_alarms.value:.2f}."
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .cli_console import console
 from .cli_options import (
     NETWORK_JUDGE,
     AutoPreserve,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from .core.metrics import Judge
     from .core.sweep import Outcome
     from .core.tasks import Task
-
-console = Console(markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from concept_ablation import cli
+from concept_ablation import cli, evidence_cli
 from concept_ablation.core import delta_file
 from concept_ablation.core.attack import PRETRAINED, AttackCurve, AttackReport, Checkpoint
 from concept_ablation.core.attack_report import write_attack
@@ -30,10 +30,16 @@ from concept_ablation.tests.test_memorized import COLOURS
 SCAN = ["--each", 3, "--seeds", 2, "--suspects", 3, "--more-seeds", 6, "--steps", 2]
 
 
+def use_model(monkeypatch, denoiser, judge) -> None:
+    """Let every command load this model with this judge."""
+    for module in (cli, evidence_cli):
+        monkeypatch.setattr(module, "load_with_judge", lambda *_: (denoiser, judge))
+
+
 @pytest.fixture
 def painter(monkeypatch, tmp_path) -> Path:
     """A delta file that blocks 'rooster' but not 'cockerel', and a command line that loads the painter."""
-    monkeypatch.setattr(cli, "_load", lambda *_: (Painter(), ColourJudge()))
+    use_model(monkeypatch, Painter(), ColourJudge())
     for module in ("leaks_cli", "attack_cli"):
         monkeypatch.setattr(f"concept_ablation.{module}.known_words", lambda *_: Words())
     delta = blocking("rooster")
@@ -95,7 +101,7 @@ class Fine(Painter):
 
 def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypatch, tmp_path):  # noqa: F811
     """Red is the memorized picture; cockerel is red, too, and bird and owl are not."""
-    monkeypatch.setattr(cli, "_load", lambda *_: (Fine(), TextJudge()))
+    use_model(monkeypatch, Fine(), TextJudge())
     monkeypatch.setattr(CopyDetector, "load", lambda *_: COLOURS)
     Image.new("RGB", (4, 4), (230, 0, 0)).save(tmp_path / "red.png")
     (tmp_path / "own.txt").write_text("a cockerel parade\na bird parade\nan owl parade\n", "utf-8")
@@ -128,7 +134,7 @@ def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypa
 
 
 def test_a_composition_is_in_the_report(run, monkeypatch, painter, tmp_path):  # noqa: F811
-    monkeypatch.setattr(cli, "_load", lambda *_: (Fine(), TextJudge()))
+    use_model(monkeypatch, Fine(), TextJudge())
     few = ["--eval-prompts", 1, "--eval-seeds", 1, "--composition"]
     named = ["--target", "rooster", "--anchor", "bird", "--delta", painter]
     code, out, err = run("evaluate", *named, *few, "--output", "measured")
