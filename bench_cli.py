@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 TASK_LIST = ROOT / "benchmarks" / "tasks.toml"
 PICTURES = ROOT / "assets" / "emoji_diffusion" / "memorized"
+VALIDATION_JUDGE = ROOT / "benchmarks" / "validation_judge"
 EVERYTHING = "table objectives subsets styles memorized several anchors limits attack"
 
 
@@ -73,7 +74,11 @@ def bench(
     model: Model = None,
     judge: JudgeOption = None,
     validation_judge: Annotated[
-        str | None, typer.Option(help="A second judge, which every conclusion is checked with; as --judge.")
+        str | None,
+        typer.Option(
+            help="A second judge, which every conclusion is checked with; as --judge.",
+            show_default="benchmarks/validation_judge for the embedded model",
+        ),
     ] = None,
     pictures: Annotated[
         Path, typer.Option(help="Folder of the memorized pictures.", show_default="those of the embedded model")
@@ -121,7 +126,7 @@ def bench(
     denoiser, hints = _model(chosen, device, precision, prediction)
     started = open_bench(
         denoiser,
-        _judges(judge or (None if chosen is None else NETWORK_JUDGE), validation_judge, denoiser),
+        _judges(judge, validation_judge, denoiser, embedded=chosen is None),
         listed.tasks,
         output,
         protocol,
@@ -228,10 +233,13 @@ def _model(
     return load_model(model, device, precision, prediction), load_hints(folder)
 
 
-def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenoiser) -> list[Judge]:
+def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenoiser, *, embedded: bool) -> list[Judge]:
+    """The main judge and, if there is one, that for validation; the defaults are those of the model."""
     from .core.metrics import Judge
 
-    first = Judge.load(judge, denoiser.device)
+    first = Judge.load(judge or (None if embedded else NETWORK_JUDGE), denoiser.device)
+    if embedded and validation is None and VALIDATION_JUDGE.is_dir():
+        validation = str(VALIDATION_JUDGE)
     return [first] if validation is None else [first, Judge.load(validation, denoiser.device)]
 
 

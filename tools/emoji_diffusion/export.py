@@ -38,7 +38,8 @@ _HINTS = "ablation_hints.json"
 
 
 def export(run: Path, settings: Settings, out: Path) -> None:
-    """Write the assets from the checkpoints in `run` into `out`; the validation judge goes to `run`, not to the assets.
+    """Write the assets from the checkpoints in `run` into `out`; the validation judge goes to `run`, not to the assets
+    (the repository keeps it in benchmarks/validation_judge).
 
     Of the token embeddings only the rows that training used are stored (core/token_rows.py).
     """
@@ -54,7 +55,7 @@ def export(run: Path, settings: Settings, out: Path) -> None:
         ("validation_judge", settings.validation_judge, run / "validation_judge" / "open_clip"),
     ):
         if (run / name).is_dir():
-            write_judge(folder, load_average(build_judge(tower), run / name), tower, used if name == "judge" else None)
+            write_judge(folder, load_average(build_judge(tower), run / name), tower, used)
 
 
 def write_model(out: Path, denoiser: TextToLatent, autoencoder: AutoencoderTiny) -> None:
@@ -86,11 +87,9 @@ def used_tokens(denoiser: TextToLatent) -> Tensor:
     return used
 
 
-def write_judge(folder: Path, judge: nn.Module, tower: Tower, used: Tensor | None) -> None:
-    """An open_clip folder; with `used`, only those rows of the token embedding."""
-    tensors = {name: _half(value) for name, value in judge.state_dict().items()}
-    if used is not None:
-        tensors = pack(tensors, JUDGE_ROWS, used)
+def write_judge(folder: Path, judge: nn.Module, tower: Tower, used: Tensor) -> None:
+    """An open_clip folder with those rows of the token embedding that are `used`, bool [vocabulary]."""
+    tensors = pack({name: _half(value) for name, value in judge.state_dict().items()}, JUDGE_ROWS, used)
     with replacing(folder / "open_clip_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     preprocess: dict[str, Any] = {

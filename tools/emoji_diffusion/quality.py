@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="the folder that train.py was given as --out")
     parser.add_argument("--out", type=Path, required=True, help="folder for quality.json and the contact sheets")
     parser.add_argument("--model", type=Path, help="the model to measure (default: model/ of the run)")
+    parser.add_argument("--judge", type=Path, help="open_clip folder (default: the run's validation judge)")
     parser.add_argument("--per-concept", type=int, default=1, help="pictures of each concept")
     parser.add_argument("--grid", type=int, default=8, help="concepts in the grids of styles and backgrounds")
     parser.add_argument("--steps", type=int, default=SAMPLING.steps, help="DDIM steps")
@@ -259,7 +260,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     model = options.model or options.run / "model"
-    judge = Judge.load(options.run / ("model/judge" if options.development else "validation_judge/open_clip"))
+    own = options.run / ("model/judge" if options.development else "validation_judge/open_clip")
+    judge = Judge.load(options.judge or own)
     template, seed = DEVELOPMENT if options.development else (TEMPLATE, 0)
     sampling = replace(SAMPLING, steps=options.steps, guidance=options.guidance)
     pictures, (_, unseen) = (
