@@ -25,6 +25,7 @@ import stage
 import start
 import torch
 import train
+import training_log
 from safetensors.torch import load_file
 
 from concept_ablation.core import token_rows
@@ -117,7 +118,8 @@ def test_the_memorized_pictures_are_the_scenes_as_the_autoencoder_restores_them(
 def test_an_exported_model_is_trained_further(run, tmp_path):
     for folder, own in (("pictures", shapes()), (train.OTHERS, strangers())):
         pictures.save_pictures(tmp_path / folder, own)
-    start.start_from(run.out / "model", tmp_path)
+    start.start_from(run.out / "model", tmp_path, run.out / "validation_judge" / "open_clip")
+    assert (tmp_path / "validation_judge" / stage.START).is_file()
     further = replace(run, out=tmp_path, steps=2)
     train.run_stages(further, ("autoencoder", "latents", "denoiser", "judge", "export"))
     before, after = (load_file(out / "model/vae/diffusion_pytorch_model.safetensors") for out in (run.out, tmp_path))
@@ -132,10 +134,26 @@ def test_an_exported_model_is_trained_further(run, tmp_path):
     assert torch.equal(export.used_tokens(one), export.used_tokens(other))
 
 
-def test_the_card_says_how_each_stage_was_trained(run):
-    log = card.training_log(run.out, run.settings)
+def test_the_log_says_how_each_stage_was_trained(run):
+    log = training_log.training_log(run.out, run.settings)
     assert {name: one["steps"] for name, one in log.items()} == dict.fromkeys(log, 30)
     assert list(log) == ["autoencoder", "denoiser", "judge", "validation_judge"]
+    assert all(one["last_loss"] < one["first_loss"] for one in log.values())
+    assert json.loads((run.out / "model" / training_log.TRAINING).read_text("utf-8")) == [log]
+
+
+def test_the_card_has_a_dash_for_what_was_not_measured():
+    credit = {"style": "noto", "set": "Noto", "author": "Google", "licence": "Apache-2.0"}
+    quality = {
+        "sampling": {"steps": 50, "sampler": "ddim", "guidance": 3.0},
+        "categories": {"bird": {"different": 5}, "cat": {"different": 4}},
+        "concepts": {"top1": 0.75},
+    }
+    log = [{"denoiser": {"steps": 10, "batch": 4, "minutes": 1.5}}, {"judge": {"steps": 2, "batch": 8, "minutes": 0.1}}]
+    text = card.card(quality, None, log, replace(shapes(), credits=(credit,)))
+    assert "| 0.75 | – | ≥ 0.7 |" in text and "| – | – | ≥ 0.9 |" in text
+    assert "of 2 | 1 | – | all |" in text and "bird 5, cat 4" in text
+    assert "| denoiser | 10 × 4 | 1.5 | – → – |" in text and "| noto | Noto | Google | Apache-2.0 |" in text
 
 
 def test_a_folder_that_is_no_model_starts_nothing(tmp_path):

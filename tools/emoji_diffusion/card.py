@@ -1,4 +1,4 @@
-"""Write the model card, its contact sheets and the log of the training into the assets.
+"""Write the model card and its contact sheets into the assets.
 
     python tools/emoji_diffusion/card.py --run outputs/emoji --quality outputs/emoji/quality \\
         --earlier outputs/emoji/quality_draft --out assets/emoji_diffusion
@@ -19,10 +19,8 @@ from latents import memorized_pictures
 from memorized import SCENES
 from pictures import Pictures, load_pictures
 from PIL import Image
-from safetensors import safe_open
 from settings import Settings
-from stage import CHECKPOINT
-from start import HISTORY, TRAINING
+from training_log import whole_log
 
 from concept_ablation.core.files import replacing, write_json
 
@@ -49,41 +47,6 @@ _FIGURES: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 
 
-def training_log(run: Path, settings: Settings) -> dict[str, dict[str, float]]:
-    """Steps, samples a step, minutes and losses of every stage that was trained, from its checkpoint and its log."""
-    batches = {
-        "autoencoder": settings.autoencoder_optimization.batch,
-        "denoiser": settings.denoiser_optimization.batch,
-        "judge": settings.judge.optimization.batch,
-        "validation_judge": settings.validation_judge.optimization.batch,
-    }
-    found = {}
-    for name, batch in batches.items():
-        if not (run / name / CHECKPOINT).is_file():
-            continue  # taken over from the model that the run started from
-        with safe_open(run / name / CHECKPOINT, framework="pt") as file:
-            plan = file.metadata()
-        losses = logged(run / name / "tensorboard", f"{name}/loss")
-        last = losses[-max(1, len(losses) // 20) :]
-        found[name] = {
-            "steps": int(plan["step"]),
-            "batch": batch,
-            "minutes": round(float(plan["seconds"]) / 60, 1),
-            "first_loss": round(losses[0], 4),
-            "last_loss": round(sum(last) / len(last), 4),
-        }
-    return found
-
-
-def logged(folder: Path, tag: str) -> list[float]:
-    """The values of one curve in a tensorboard log."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    log.Reload()
-    return [event.value for event in log.Scalars(tag)]
-
-
 def figure(quality: dict[str, Any] | None, place: tuple[str, ...]) -> str:
     """One figure of a quality report; a dash where it was not measured."""
     value: Any = quality
@@ -104,7 +67,7 @@ def card(
     several = ", ".join(f"{name} {one['different']}" for name, one in sorted(categories.items()))
     stages = [
         f"| {name.replace('_', ' ')} | {one['steps']:,} × {one['batch']} | {one['minutes']} | "
-        f"{one['first_loss']} → {one['last_loss']} |"
+        f"{one.get('first_loss', '–')} → {one.get('last_loss', '–')} |"
         for training in log
         for name, one in training.items()
     ]
@@ -126,13 +89,10 @@ def card(
 
 
 def write_card(run: Path, quality: Path, earlier: Path | None, out: Path) -> None:
-    """README.md, quality.json, training.json, samples/ and memorized/ in the folder of the assets."""
+    """README.md, quality.json, samples/ and memorized/ in the folder of the assets."""
     report = json.loads((quality / "quality.json").read_text(encoding="utf-8"))
     before = None if earlier is None else json.loads((earlier / "quality.json").read_text(encoding="utf-8"))
-    settings, pictures = Settings(), load_pictures(run / "pictures")
-    history = run / HISTORY
-    log = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
-    log.append(training_log(run, settings))
+    log, pictures = whole_log(run, Settings()), load_pictures(run / "pictures")
     for name in SHEETS:
         with Image.open(quality / f"{name}.png") as sheet, replacing(out / "samples" / f"{name}.jpg") as temporary:
             sheet.convert("RGB").save(temporary, quality=_JPEG_QUALITY)
@@ -140,7 +100,6 @@ def write_card(run: Path, quality: Path, earlier: Path | None, out: Path) -> Non
         with replacing(out / "memorized" / f"{scene.name}.png") as temporary:
             Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(temporary)
     write_json(out / "quality.json", {"model": report} if before is None else {"model": report, "draft": before})
-    write_json(out / TRAINING, log)
     with replacing(out / "README.md") as temporary:
         temporary.write_text(card(report, before, log, pictures), encoding="utf-8")
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from settings import Settings, Tower
 from stage import load_average
 from torch import Tensor, nn
+from training_log import TRAINING, whole_log
 
 from concept_ablation.core.files import replacing, write_json
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL
@@ -49,6 +50,7 @@ def export(run: Path, settings: Settings, out: Path) -> None:
     autoencoder.register_to_config(scaling_factor=latents.scale)
     write_model(out, denoiser, autoencoder)
     write_hints(out, load_pictures(run / "pictures"))
+    write_json(out / TRAINING, whole_log(run, settings))
     used = used_tokens(denoiser)
     for name, tower, folder in (
         ("judge", settings.judge, out / "judge"),

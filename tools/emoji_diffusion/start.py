@@ -15,35 +15,36 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stage import START
 from torch import Tensor
+from training_log import HISTORY, TRAINING
 
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import replacing, write_json
 from concept_ablation.core.token_rows import read_packed
 
-HISTORY = "history.json"
-"""In a run's folder: the logs of the trainings before it, oldest first."""
-
-TRAINING = "training.json"
+_JUDGE = "open_clip_model.safetensors"
 
 
-def start_from(model: Path, out: Path) -> None:
+def start_from(model: Path, out: Path, validation_judge: Path | None = None) -> None:
     """Write the first weights of every stage of the run in `out`.
 
     Args:
         model: a folder that `export.py` made, such as assets/emoji_diffusion.
         out: the folder of the run.
+        validation_judge: an open_clip folder such as benchmarks/validation_judge; None trains that judge from nothing.
 
     Raises:
-        AblationError: `model` is no such folder.
+        AblationError: `model` or `validation_judge` is no such folder.
     """
     try:
         parts = {
             "autoencoder": load_file(model / "vae" / "diffusion_pytorch_model.safetensors"),
             "denoiser": _denoiser(model),
-            "judge": _packed(model / "judge" / "open_clip_model.safetensors"),
+            "judge": _packed(model / "judge" / _JUDGE),
         }
+        if validation_judge is not None:
+            parts["validation_judge"] = _packed(validation_judge / _JUDGE)
     except OSError as error:
-        raise AblationError(f"{model} is not an exported Emoji Diffusion ({error}): check the path.") from error
+        raise AblationError(f"{model} is not an exported Emoji Diffusion ({error}): check the paths.") from error
     for stage, tensors in parts.items():
         with replacing(out / stage / START) as temporary:
             save_file({name: _single(value) for name, value in tensors.items()}, temporary)

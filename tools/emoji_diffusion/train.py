@@ -130,6 +130,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="only these, in their usual order")
     parser.add_argument("--start", type=Path, metavar="MODEL", help="train an exported model further instead")
+    parser.add_argument(
+        "--start-validation", type=Path, metavar="JUDGE", help="with --start: this validation judge, too"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
     options = parser.parse_args()
     try:
@@ -137,7 +140,7 @@ def main() -> int:
         if not options.resume and any(options.out.glob("*/*.safetensors")):
             raise AblationError(f"{options.out} holds a run: add --resume to go on with it, or choose another folder.")
         if options.start is not None and not options.resume:
-            start_from(options.start, options.out)
+            start_from(options.start, options.out, options.start_validation)
         run_stages(Run(options.out, Settings(), options.minutes), options.stages)
     except AblationError as error:
         print(error, file=sys.stderr)
