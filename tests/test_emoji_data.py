@@ -166,8 +166,21 @@ def test_a_judge_that_knows_names_and_styles_has_less_to_learn():
             settings.judge,
         )
         value = loss(Clueless(), torch.Generator().manual_seed(0)).item()
-    names, styles = math.log(len(CONCEPTS)), math.log(len(STYLES))
-    assert names + 2 * styles < value <= names + 2 * styles + math.log(settings.judge.optimization.batch) + 1e-3
+    choices = len(CONCEPTS) + len({one.category for one in CONCEPTS})
+    sure = math.log(choices) + math.log(choices - 1) + 2 * math.log(len(STYLES))
+    assert sure < value <= sure + math.log(settings.judge.optimization.batch) + 1e-3
+
+
+def test_the_own_category_comes_second_and_before_every_other_name():
+    """Two names and a category of both: an order is only free of loss if it is name, category, sibling."""
+    name, category = torch.tensor([0]), torch.tensor([2])
+
+    def loss(*scores: float) -> float:
+        return sum(judge.naming(torch.tensor([scores]), name, category)).item()
+
+    assert loss(90.0, 0.0, 45.0) == pytest.approx(0, abs=1e-6)
+    assert loss(45.0, 0.0, 90.0) == pytest.approx(45, abs=1e-3), "the category is better than the name"
+    assert loss(90.0, 45.0, 0.0) == pytest.approx(45, abs=1e-3), "a sibling is better than the category"
 
 
 def test_unseen_concepts_are_every_eighth_and_no_picture_is_in_both():

@@ -77,7 +77,9 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
     strangers = round(_OTHERS_SHARE * (batch - memorized)) if len(others) else 0
     styled = max(1, round(_STYLED_SHARE * batch))
     everything = joined(pictures, others)
-    names = [one.name for one in pictures.concepts]
+    kinds = sorted({one.category for one in pictures.concepts})
+    names = [one.name for one in pictures.concepts] + kinds
+    category = torch.tensor([len(pictures.concepts) + kinds.index(one.category) for one in pictures.concepts])
 
     def loss(model: nn.Module, rng: Generator) -> Tensor:
         own = torch.randint(len(pictures), (batch - memorized - strangers,), generator=rng)
@@ -109,10 +111,10 @@ def judge_loss(pictures: Pictures, others: Pictures, settings: Settings, tower: 
         seen = F.normalize(seen.float(), dim=-1) * model.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
 
         concepts, styles = everything.concept[choice.picture], everything.style[choice.picture]
-        known = concepts < len(names)
+        known = concepts < len(pictures.concepts)
         parts = [contrast(seen @ of_captions.t(), subjects, captions)]
         if known.any():
-            parts.append(F.cross_entropy(seen[: len(index)][known] @ of_names.t(), concepts[known]))
+            parts += naming(seen[: len(index)][known] @ of_names.t(), concepts[known], category[concepts[known]])
         parts.append(F.cross_entropy(seen[: len(index)] @ of_styles.t(), styles))
         of_named_styles = of_named_styles.view(-1, len(everything.styles), seen.shape[1])
         by_style = torch.einsum("bd,bsd->bs", seen[: len(of_named_styles)], of_named_styles)
@@ -144,6 +146,18 @@ def style_texts(subjects: Sequence[Subject], styles: Sequence[str], rng: Generat
         plain, phrase = fill(dice.choose(TEMPLATES), subject.name), dice.choose(STYLE_PHRASES)
         texts += [join(plain, phrase.format(style)) for style in styles]
     return texts
+
+
+def naming(logits: Tensor, name: Tensor, category: Tensor) -> list[Tensor]:
+    """Two losses of pictures by all names and all categories, [B, N + C]: the own name is the best answer, and the own
+    category the best of the others. So "a fish" is right for every fish, and for a tropical one less so than its name.
+
+    Args:
+        logits: similarities times the scale.
+        name, category: columns of each picture's own, int64 [B].
+    """
+    others = logits.scatter(1, name[:, None], float("-inf"))
+    return [F.cross_entropy(logits, name), F.cross_entropy(others, category)]
 
 
 def name_texts(names: Sequence[str], rng: Generator) -> list[str]:
