@@ -16,7 +16,7 @@ from concept_ablation.core.metrics import Judge
 from concept_ablation.core.presets import recipe
 from concept_ablation.core.samplers import SampleSettings
 
-TASK = Task(Concept("tropical fish", "fish"), ("octopus", "cat"))
+TASK = Task(Concept("sunflower", "flower"), ("octopus", "cat"))
 EVALUATION = EvaluationSettings(prompts=3, seeds=4, sample=SampleSettings(steps=12), batch=24)
 
 
@@ -37,11 +37,11 @@ def made(emoji):
 def test_the_target_is_gone_and_its_neighbours_stay(emoji, made):
     found = evaluate(emoji, made.delta, [TASK.concept], [TASK.surrounding], Judge.load(), EVALUATION)
     rows = {row.name: row for row in found.concepts}
-    target = rows["tropical fish"]
+    target = rows["sunflower"]
     assert target.before.clip_accuracy >= 0.5
     assert target.after.clip_accuracy <= 0.25
     assert target.after.clip_score < target.before.clip_score - 0.03
-    for name in ("fish", "octopus", "cat"):
+    for name in ("flower", "octopus", "cat"):
         assert rows[name].before.clip_accuracy >= 0.75
         assert rows[name].after.clip_accuracy >= rows[name].before.clip_accuracy - 0.1
 
@@ -51,7 +51,7 @@ def test_the_header_says_where_the_delta_comes_from(emoji, made, tmp_path):
     delta = delta_file.load(tmp_path / "delta.safetensors")
     header = delta.metadata
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert (header["concept_ablation.target"], header["concept_ablation.anchor"]) == ("tropical fish", "fish")
+    assert (header["concept_ablation.target"], header["concept_ablation.anchor"]) == ("sunflower", "flower")
     assert header["concept_ablation.base_model_sha256"] == emoji.fingerprint()
     assert (header["concept_ablation.subset"], header["concept_ablation.steps"]) == ("cross-attn", "50")
     for name, layer in made.delta.layers.items():

@@ -120,7 +120,7 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     monkeypatch.setattr(
         bench_cli, "_model", lambda *_: (tiny, ModelHints(categories={"rooster": "bird", "owl": "bird"}))
     )
-    monkeypatch.setattr(bench_cli, "_judges", lambda *_: [judge, ColourJudge("second")])
+    monkeypatch.setattr(bench_cli, "_judges", lambda *_, **__: [judge, ColourJudge("second")])
     monkeypatch.setattr(bench_cli, "_detector", lambda *_: detector)
     output = tmp_path / "out"
 

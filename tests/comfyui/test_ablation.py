@@ -22,7 +22,7 @@ from concept_ablation.core.trainer import train
 from concept_ablation.tests.comfyui.client import Client, Run
 from concept_ablation.tests.comfyui.graph import Ablation, Graph, Link, Node, ablation, sample
 
-CONCEPT = Concept("tropical fish", "fish")
+CONCEPT = Concept("sunflower", "flower")
 NEIGHBOURS = ("octopus", "cat")
 PROMPTS, IMAGES = 3, 4
 
@@ -46,12 +46,12 @@ class Made:
 def build() -> Made:
     """The same nodes as in `tests/test_behaviour.py`, which has the sizes from the measurements."""
     made = ablation(
-        concept={"surrounding": ", ".join(NEIGHBOURS)},
+        concept={"target": CONCEPT.target, "anchor": CONCEPT.anchor, "surrounding": ", ".join(NEIGHBOURS)},
         dataset={"images": 32, "preserve": 48, "steps": 10},
         ablate={"steps": 50, "batch": 0},
     )
     graph, both = made.graph, made.inputs
-    save = graph.add("ConceptAblationSaveDelta", delta=made.ablate[2], name="fish")
+    save = graph.add("ConceptAblationSaveDelta", delta=made.ablate[2], name="flower")
     evaluate = graph.add(
         "ConceptAblationEvaluate",
         **both,
@@ -77,12 +77,12 @@ def made(client):
 def test_the_evaluation_finds_the_target_gone_and_the_neighbours_kept(made, server):
     report = next((server.base / "output" / "concept_ablation").glob("evaluation_*/report.json"))
     rows = {row["name"]: row for row in json.loads(report.read_text(encoding="utf-8"))["concepts"]}
-    assert rows.keys() == {"tropical fish", "fish", *NEIGHBOURS}
-    before, after = rows["tropical fish"]["before"], rows["tropical fish"]["after"]
+    assert rows.keys() == {CONCEPT.target, CONCEPT.anchor, *NEIGHBOURS}
+    before, after = rows[CONCEPT.target]["before"], rows[CONCEPT.target]["after"]
     assert before["clip_accuracy"] >= 0.5
     assert after["clip_accuracy"] <= 0.25
     assert after["clip_score"] < before["clip_score"] - 0.03
-    for name in ("fish", *NEIGHBOURS):
+    for name in (CONCEPT.anchor, *NEIGHBOURS):
         assert rows[name]["before"]["clip_accuracy"] >= 0.75
         assert rows[name]["after"]["clip_accuracy"] >= rows[name]["before"]["clip_accuracy"] - 0.1
 
@@ -115,21 +115,21 @@ def test_pictures_of_stock_nodes_lose_the_target_and_keep_the_neighbour(made, cl
     graph, loader, ablate = made.ablation.graph, made.ablation.loader, made.ablation.ablate
     judge = Judge.load()
     extended, sheets = Graph(dict(graph.nodes)), {}
-    for name in ("tropical fish", "octopus"):
+    for name in (CONCEPT.target, "octopus"):
         texts = list(evaluation_prompts(name, CONCEPT, emoji.prompt_source, PROMPTS))
         for when, (model, clip) in {"before": loader_outputs(loader), "after": loader_outputs(ablate)}.items():
             sheets[name, when] = drawn_by_stock_nodes(client, extended, model, clip, loader[2], texts)
     run = client.run(extended)
     assert run.status == "success", run.message
     assert not {"ConceptAblationBuildDataset", "ConceptAblationAblate"} & extended.types(run.executed)
-    anchor = judge.embed_concept(judge_texts("fish", CONCEPT))
+    anchor = judge.embed_concept(judge_texts(CONCEPT.anchor, CONCEPT))
     accuracy = {}
     for (name, when), nodes in sheets.items():
         pictures = [client.picture(shown) for node in nodes for shown in run.outputs[node.id]["images"]]
         embedded = judge.embed_images(torch.tensor([picture.tolist() for picture in pictures]).byte().numpy())
         accuracy[name, when] = clip_accuracy(embedded, judge.embed_concept(judge_texts(name, CONCEPT)), anchor)
-    assert accuracy["tropical fish", "before"] >= 0.5
-    assert accuracy["tropical fish", "after"] <= 0.25
+    assert accuracy[CONCEPT.target, "before"] >= 0.5
+    assert accuracy[CONCEPT.target, "after"] <= 0.25
     assert accuracy["octopus", "after"] >= accuracy["octopus", "before"] - 0.1 >= 0.65
 
 
@@ -149,7 +149,7 @@ def test_stock_load_lora_gives_the_same_latents_as_the_patched_model(made, clien
         "ours": loader_outputs(graph.add("ConceptAblationLoadDelta", **inputs, file=made.saved)),
         "before": loader_outputs(loader),
     }
-    drawn = {name: sample(graph, *pair, "a photo of a tropical fish", seed=3) for name, pair in edited.items()}
+    drawn = {name: sample(graph, *pair, "a photo of a sunflower", seed=3) for name, pair in edited.items()}
     probes = {name: graph.add("TestLatents", a=drawn["patched"], b=drawn[name]) for name in ("stock", "ours", "before")}
     run = client.run(graph)
     assert run.status == "success", run.message
