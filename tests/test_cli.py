@@ -282,6 +282,15 @@ def check_summary(folder: Path, delta: Path, surrounding: list[str]) -> dict:
     return summary
 
 
+def numbers(value: object, place: str = "") -> dict[str, object]:
+    """Everything in nested lists and dictionaries by its place."""
+    if isinstance(value, dict):
+        return {key: item for name, part in value.items() for key, item in numbers(part, f"{place}.{name}").items()}
+    if isinstance(value, list):
+        return {key: item for n, part in enumerate(value) for key, item in numbers(part, f"{place}.{n}").items()}
+    return {place: value}
+
+
 def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     made, measured = tmp_path / "made", tmp_path / "measured"
     code, out, err = run("ablate", *PAIR, "--surrounding", "shark", "--output", "made", *SMALL, *ONE, "--seed", "3")
@@ -306,7 +315,10 @@ def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     assert code == 0 and str(measured / "report.html") in out
     assert listing(measured) == {"report.json", "report.html", "before_after.png"}
     again = check_summary(measured, made / "delta.safetensors", ["shark"])
-    assert again["concepts"] == summary["concepts"], "the file is the delta that was measured when it was made"
+    # but for the last digits: with two threads a matrix product in fp32 does not always add up in one order
+    assert numbers(again["concepts"]) == pytest.approx(numbers(summary["concepts"]), abs=1e-3, nan_ok=True), (
+        "the file is the delta that was measured when it was made"
+    )
 
 
 def test_instant_and_fast_from_end_to_end(run, tmp_path, emoji):
