@@ -40,7 +40,7 @@ _HINTS = "ablation_hints.json"
 
 def export(run: Path, settings: Settings, out: Path) -> None:
     """Write the assets from the checkpoints in `run` into `out`; the validation judge goes to `run`, not to the assets
-    (the repository keeps it in benchmarks/validation_judge).
+    (from there it is copied to benchmarks/validation_judge).
 
     Of the token embeddings only the rows that training used are stored (core/token_rows.py).
     """
