@@ -16,7 +16,7 @@ from concept_ablation.core.metrics import Judge
 from concept_ablation.core.presets import recipe
 from concept_ablation.core.samplers import SampleSettings
 
-TASK = Task(Concept("sunflower", "flower"), ("octopus", "cat"))
+TASK = Task(Concept("sunflower", "flower"), ("shark", "cat"))
 EVALUATION = EvaluationSettings(prompts=3, seeds=4, sample=SampleSettings(steps=12), batch=24)
 
 
@@ -41,7 +41,7 @@ def test_the_target_is_gone_and_its_neighbours_stay(emoji, made):
     assert target.before.clip_accuracy >= 0.5
     assert target.after.clip_accuracy <= 0.25
     assert target.after.clip_score < target.before.clip_score - 0.03
-    for name in ("flower", "octopus", "cat"):
+    for name in ("flower", "shark", "cat"):
         assert rows[name].before.clip_accuracy >= 0.75
         assert rows[name].after.clip_accuracy >= rows[name].before.clip_accuracy - 0.1
 
