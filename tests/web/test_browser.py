@@ -194,7 +194,8 @@ def test_a_queue_of_concepts_and_a_reload(open_page):
 def test_html_in_a_name_stays_text(open_page):
     page = open_page()
     hostile = "<img src=x onerror='window.hacked=1'>${window.hacked=2}{{7*7}}"
-    fill(page, hostile, "<b>fish</b>", Steps="2")
+    # one gentle step: the rate that suits the other tests lets these odd tokens diverge
+    fill(page, hostile, "<b>fish</b>", **{"Steps": "1", "Learning rate": "0.0001"})
     ablate(page)
     await_state(page, "done")
     page.locator(".ca-report summary").click()
