@@ -20,7 +20,6 @@ from torch import Tensor, nn
 _NARROW = 32
 """A matrix with a shorter side than this (first and last layers) has too few directions to orthogonalize."""
 
-
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _MOMENTUM = 0.95
