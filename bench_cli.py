@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from .cli_console import console
-from .cli_inputs import load_model
-from .cli_options import NETWORK_JUDGE, Device, JudgeOption, Model, Precision, Prediction
+from .cli_inputs import load_judge, load_model
+from .cli_options import Device, JudgeOption, Model, Precision, Prediction
 from .core.errors import AblationError
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenois
     """The main judge and, if there is one, that for validation; the defaults are those of the model."""
     from .core.metrics import Judge
 
-    first = Judge.load(judge or (None if embedded else NETWORK_JUDGE), denoiser.device)
+    first = load_judge(judge, denoiser, embedded=embedded)
     if embedded and validation is None and VALIDATION_JUDGE.is_dir():
         validation = str(VALIDATION_JUDGE)
     return [first] if validation is None else [first, Judge.load(validation, denoiser.device)]

@@ -47,10 +47,15 @@ def load_with_judge(
     model: str | None, judge: str | None, device: str | None, precision: str, prediction: str | None
 ) -> tuple[DiffusersDenoiser, Judge]:
     """The model and its judge, before any work is done."""
+    denoiser = load_model(model, device, precision, prediction)
+    return denoiser, load_judge(judge, denoiser, embedded=model is None)
+
+
+def load_judge(judge: str | None, denoiser: DiffusersDenoiser, *, embedded: bool) -> Judge:
+    """The judge that was named, else the embedded one for the embedded model and a public one for any other."""
     from .core.metrics import Judge
 
-    denoiser = load_model(model, device, precision, prediction)
-    return denoiser, Judge.load(judge or (None if model is None else NETWORK_JUDGE), denoiser.device)
+    return Judge.load(judge or (None if embedded else NETWORK_JUDGE), denoiser.device)
 
 
 def load_model(model: str | None, device: str | None, precision: str, prediction: str | None) -> DiffusersDenoiser:

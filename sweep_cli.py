@@ -14,8 +14,8 @@ import typer
 from rich.table import Table
 
 from .cli_console import console
+from .cli_inputs import load_judge
 from .cli_options import (
-    NETWORK_JUDGE,
     AutoPreserve,
     Device,
     EvalPrompts,
@@ -194,11 +194,10 @@ def _loaded(
 ) -> tuple[DiffusersDenoiser, Judge]:
     """The model and its judge, which the next task of the same worker finds loaded."""
     from .core.hosts.diffusers import load_denoiser
-    from .core.metrics import Judge
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     denoiser = load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
-    return denoiser, Judge.load(judge or (None if model is None else NETWORK_JUDGE), denoiser.device)
+    return denoiser, load_judge(judge, denoiser, embedded=model is None)
 
 
 def _absolute(location: str | None) -> str | None:

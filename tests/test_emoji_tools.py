@@ -138,7 +138,11 @@ def test_the_log_says_how_each_stage_was_trained(run):
     log = training_log.training_log(run.out, run.settings)
     assert {name: one["steps"] for name, one in log.items()} == dict.fromkeys(log, 30)
     assert list(log) == ["autoencoder", "denoiser", "judge", "validation_judge"]
-    assert all(one["last_loss"] < one["first_loss"] for one in log.values())
+    for name, one in log.items():
+        losses = training_log.logged(run.out / name / "tensorboard", f"{name}/loss")
+        assert len(losses) == 2, "of the first step and of the twentieth"
+        assert (one["first_loss"], one["last_loss"]) == pytest.approx(losses, abs=1e-4), name
+    assert log["autoencoder"]["last_loss"] < log["autoencoder"]["first_loss"]
     assert json.loads((run.out / "model" / training_log.TRAINING).read_text("utf-8")) == [log]
 
 

@@ -256,8 +256,12 @@ def test_guidance(tiny, monkeypatch):
     batches, denoise = [], tiny.denoise
     monkeypatch.setattr(tiny, "denoise", lambda x, *rest: batches.append(len(x)) or denoise(x, *rest))
     assert torch.equal(guided(tiny, cond, uncond, 1.0)(x, sigma), with_prompt)
-    torch.testing.assert_close(guided(tiny, cond, uncond, 4.0)(x, sigma), without + 4 * (with_prompt - without))
-    torch.testing.assert_close(guided(tiny, cond, uncond, 0.0)(x, sigma), without)
+    # a batch of two rows and one of one are summed in another order on some processors
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    expected = without + 4 * (with_prompt - without)
+    torch.testing.assert_close(guided(tiny, cond, uncond, 4.0)(x, sigma), expected, **near)
+    torch.testing.assert_close(guided(tiny, cond, uncond, 0.0)(x, sigma), without, **near)
+    assert not torch.allclose(expected, with_prompt, atol=1e-2) and not torch.allclose(without, with_prompt, atol=1e-2)
     assert batches == [1, 2, 2], "no guidance needs no second row"
 
 

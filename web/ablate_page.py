@@ -28,6 +28,8 @@ _SHOW_JS = """() => {
   const shown = wrong || document.querySelector(".ca-side");
   if (shown) shown.scrollIntoView({block: innerWidth < 700 ? "start" : "nearest", behavior: "smooth"});
 }"""
+# In the browser, for only it knows whether something was typed while the server thought of an anchor.
+_KEEP_TYPED_JS = "(typed, suggested) => typed || suggested"
 _START, _QUEUE = "Ablate", "Add to the queue"
 _LATE_FIELDS = ("model", "subset", "eval_prompts")
 """Fields whose errors can be found only when the model is there."""
@@ -206,9 +208,11 @@ class AblatePage:
         told = {"show_progress": "hidden", "api_name": "cancel", **in_turn()}
         self._cancel.click(self._stop, self.poll_inputs, self.poll_outputs, **told)
         suggestion = [f["target"], f["anchor"], f["kind"], f["model"]]
-        filled = [f["anchor"], self._errors["anchor"]]
-        f["target"].blur(self._suggest, suggestion, filled, **quiet)
-        f["target"].submit(self._suggest, suggestion, filled, **quiet)
+        suggested = gr.Textbox(visible=False)
+        filling = [[f["anchor"], suggested], f["anchor"]]
+        for said in (f["target"].blur, f["target"].submit):
+            thought = said(self._suggest, suggestion, [suggested, self._errors["anchor"]], **quiet)
+            thought.then(None, *filling, js=_KEEP_TYPED_JS, **private())
         worded = [f["target"], f["anchor"], f["captions"], f["original"]]
         f["kind"].change(self._words, f["kind"], worded, **quiet)
         f["kind"].input(self._suggest_again, suggestion, f["anchor"], **quiet)
@@ -340,9 +344,8 @@ class AblatePage:
 
     def _suggest(self, target: str, anchor: str, kind: str, model: str) -> list[Any]:
         """Fill an empty anchor, and take away the error that says it is empty."""
-        # nothing is sent to a field that needs nothing: it could overwrite what is being typed
         suggested = "" if anchor else self._suggested(target, kind, model)
-        return [suggested, _hidden()] if suggested else [gr.skip(), gr.skip()]
+        return [suggested, _hidden() if suggested else gr.skip()]
 
     def _suggest_again(self, target: str, anchor: str, kind: str, model: str) -> Any:
         """Another kind: the anchor that a style was given does not suit a thing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
+import threading
 import time
 
 import numpy as np
@@ -127,6 +128,30 @@ def test_cancel_in_the_middle_then_run_again(open_page):
     await_state(page, "done")
     page.locator(".ca-pairs img").first.wait_for()
     assert "cancelled" in page.locator(".ca-queue li").first.inner_text()
+
+
+def test_a_suggestion_that_comes_late_leaves_what_was_typed_meanwhile(open_page, monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+
+    def late(*_):
+        asked.set()
+        assert answer.wait(SECONDS)
+        return "fish"
+
+    monkeypatch.setattr("concept_ablation.web.ablate_page.suggest_anchor", late)
+    page = open_page()
+    target, anchor = page.get_by_label("Remove", exact=True).first, page.get_by_label("Draw instead")
+    target.fill("tropical fish")
+    anchor.focus()
+    assert asked.wait(SECONDS)
+    anchor.fill("boat")
+    answer.set()
+    page.wait_for_timeout(2000)
+    assert anchor.input_value() == "boat"
+    anchor.fill("")
+    target.focus()
+    anchor.focus()
+    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(field => field.value === 'fish')")
 
 
 def test_wrong_input_is_said_at_the_field(open_page, artefacts):

@@ -118,7 +118,7 @@ def test_events_that_write_the_same_part_of_the_page_take_turns(gradio, tmp_path
 
     events = build_tab(TinyHost(tmp_path, make_model())).fns.values()
     writing = [event for event in events if any(isinstance(output, gradio.Timer) for output in event.outputs)]
-    assert len(writing) == 4, "start, tick, cancel, and what a page shows first"
+    assert len(writing) == 5, "start, tick, the slow tick, cancel, and what a page shows first"
     assert {event.concurrency_limit for event in writing} == {1}
     assert len({event.concurrency_id for event in writing}) == 1
 

@@ -147,7 +147,7 @@ def train(
             run.seconds = done_before + now - began
             if on_step is not None:
                 on_step(run.step, loss)
-            if run.step % _LOG_EVERY == 0:
+            if run.step == 1 or run.step % _LOG_EVERY == 0:
                 samples = (run.step - first) * stage.optimization.batch / (time.monotonic() - began)
                 _report(log, stage, run, loss, samples)
             if run.step == stop_after:
