@@ -67,7 +67,9 @@ JudgeOption = Annotated[
         show_default=f"the embedded judge for the embedded model, else {NETWORK_JUDGE}",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="a GPU if there is one")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps.", show_default="cuda if there is one, else cpu")
+]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Prediction = Annotated[
     str | None, typer.Option(help="epsilon or v_prediction.", show_default="what the model's files say")

@@ -143,8 +143,8 @@ def sweep(
         ended = run_in_order(listed.tasks, output, run, requests)
     else:
         raise AblationError(
-            'Ray is not installed: pip install "concept-ablation[sweep]" (or pip install ray), or give --workers 1 to '
-            "run the tasks one after another in this process."
+            "Ray is not installed: pip install ray, or give --workers 1 to run the tasks one after another in this "
+            "process."
         )
     outcomes: dict[str, Outcome] = {}
     # closed also by Ctrl-C, so that no worker goes on

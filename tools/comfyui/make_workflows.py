@@ -47,7 +47,9 @@ TRAINING: dict[str, Any] = {"steps": 60, "batch": 12}
 EVALUATION: dict[str, Any] = {"prompts": 3, "images_per_prompt": 4, "steps": 12}
 OWN = (
     "**Your own model:** replace *Load Emoji Diffusion* by *Load Checkpoint*, or begin with the example "
-    f"*{SD15}*, and set *images*, *preserve*, *steps* and *batch* back to 0, -1, 0 and 0, which is the preset's."
+    f"*{SD15}*, and set *images*, *preserve*, *steps*, *batch* and *learning_rate* back to 0, -1, 0, 0 and 0, which is "
+    "the preset's. Set *judge* of *Evaluate Ablation* to `ViT-B-32/laion2b_s34b_b79k` (downloaded once): `embedded` "
+    "knows Emoji Diffusion only."
 )
 NOTE = (380, 340)
 WIDTH, HEIGHT = 400, 300
