@@ -51,7 +51,8 @@ def bench(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="PRESET[:SUBSET[:OBJECTIVE]], with commas or again; the first is what comparisons vary.",
+            help="PRESET[:SUBSET[:OBJECTIVE]], with commas or again; the first is the default, and comparisons vary "
+            "the first that trains on images.",
             show_default="balanced",
         ),
     ] = None,

@@ -1,6 +1,7 @@
 """The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | compress | ...`.
 
-Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 2 bad input, 130 interrupted.
+Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 1 a task of a
+sweep failed, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from .cli_options import (
 from .cli_output import print_evaluation
 from .cli_processes import on_processes
 from .compress_cli import compress
-from .core.errors import AblationError
+from .core.errors import AblationError, is_out_of_memory
 from .evaluate_cli import evaluate
 from .evidence_cli import AnchorSearch, read_originals
 from .leaks_cli import leaks
@@ -269,7 +270,7 @@ def main() -> None:
             # a usage error of typer, which knows how to print itself
             error.show()
             sys.exit(error.exit_code)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 2)
         raise
     if code == 130:

@@ -26,19 +26,19 @@ from typing import Any
 from job_store import FOLDER, ROOT, JobStore, environment
 from measuring import Hits, PhaseMeter, accuracy, hits, only, plain
 
-from concept_ablation.core.closed_form import ClosedFormSettings, edit
+from concept_ablation.core.ablation import Task as Ablated
+from concept_ablation.core.ablation import ablate
+from concept_ablation.core.closed_form import ClosedFormSettings
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Denoiser
 from concept_ablation.core.evaluation import EvaluationSettings, make_jobs
 from concept_ablation.core.files import write_json
-from concept_ablation.core.harvest import HarvestSettings, harvest
-from concept_ablation.core.harvest_training import train_harvested
 from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.metrics import Judge
+from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import development
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.tasks import Task, load_tasks
-from concept_ablation.core.trainer import TrainSettings
 
 RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
 TASKS = Path(__file__).with_name("development_tasks.toml")
@@ -105,7 +105,8 @@ class Sizes:
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(10, 4, SampleSettings(steps=12), first_seed=FIRST_SEED)
     )
-    closed_form: ClosedFormSettings = field(default_factory=ClosedFormSettings)
+    closed_form: ClosedFormSettings | None = None
+    """None for the preset's."""
 
 
 TINY = Sizes(
@@ -160,34 +161,33 @@ class Bench:
 
 
 def fast(
-    denoiser: Denoiser, task: Task, candidate: Candidate, closed_form: ClosedFormSettings, meter: PhaseMeter
+    denoiser: Denoiser, task: Task, candidate: Candidate, closed_form: ClosedFormSettings | None, meter: PhaseMeter
 ) -> Delta:
-    """The delta of a task by a candidate's settings: closed form, then training on harvested rows."""
-    start = None
-    if candidate.warm or not candidate.steps:
-        start = edit(denoiser, [task.concept], closed_form, surrounding=[task.surrounding], on_progress=meter)
-    if start is not None and not candidate.steps:
-        return start
-    rows = harvest(
-        denoiser,
-        [task.concept],
-        HarvestSettings(
-            trajectories=candidate.trajectories,
-            preserve=candidate.trajectories,
-            keep=candidate.keep(),
-            sample=SampleSettings(steps=candidate.sampling_steps, guidance=candidate.guidance),
-        ),
-        surrounding=[task.surrounding],
-        on_progress=meter,
+    """The delta of a task by the preset with a candidate's settings; None leaves the closed form's as they are."""
+    made = recipe("fast", denoiser, task.concept.kind)
+    if made.training is None or made.harvest is None:
+        raise ValueError("the preset does not train on harvested rows")
+    drawn = replace(
+        made.harvest,
+        trajectories=candidate.trajectories,
+        preserve=candidate.trajectories,
+        keep=candidate.keep(),
+        sample=replace(made.harvest.sample, steps=candidate.sampling_steps, guidance=candidate.guidance),
     )
-    settings = TrainSettings(
-        steps=candidate.steps,
+    training = replace(
+        made.training,
+        steps=candidate.steps or made.training.steps,
         learning_rate=candidate.learning_rate * denoiser.learning_rate_scale,
         batch=candidate.batch,
         preserve_batch=candidate.batch,
         preserve_weight=candidate.preserve_weight,
     )
-    return train_harvested(denoiser, rows, settings, start=start, on_progress=meter).delta
+    start = closed_form or made.closed_form
+    if candidate.steps:
+        made = replace(made, harvest=drawn, training=training, closed_form=start if candidate.warm else None)
+    else:
+        made = replace(made, harvest=None, training=None, closed_form=start)
+    return ablate(denoiser, [Ablated(task.concept, task.surrounding)], made, on_progress=meter).delta
 
 
 def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) -> dict[str, Any]:

@@ -67,10 +67,15 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The last commit that changed the code that is measured or that measures, with "+" if there are changes since."""
+    """The last commit that changed the code that is measured or that measures; behind a "+", a hash of what was changed
+    since and not committed.
+    """
     paths = ["core", "benchmarks/*.py", "benchmarks/*.toml", "assets"]
     changed = _git("status", "--porcelain", "--", *paths)
-    return _git("log", "-1", "--format=%h", "--", *paths) + ("+" if changed else "") or "unknown"
+    mark = ""
+    if changed:
+        mark = "+" + hashlib.sha256((changed + _git("diff", "HEAD", "--", *paths)).encode()).hexdigest()[:8]
+    return _git("log", "-1", "--format=%h", "--", *paths) + mark or "unknown"
 
 
 def _git(*arguments: str) -> str:

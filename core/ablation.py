@@ -189,6 +189,8 @@ def _encode(
     distinct = list(dict.fromkeys(prompts))
     reporter = Reporter(on_progress, "Encoding prompts", len(distinct))
     with torch.no_grad():
+        # alone: beside a longer prompt its context would be kept repeated, and its length is the closed form's window
+        denoiser.encode([""])
         for start in range(0, len(distinct), _ENCODED_AT_ONCE):
             chunk = distinct[start : start + _ENCODED_AT_ONCE]
             denoiser.encode(chunk)

@@ -246,7 +246,7 @@ def _layout_kept(before: np.ndarray, after: np.ndarray) -> LayoutKept:
         (layout(one), layout(other))
         for one, other in zip(before.reshape(-1, height, width, 3), after.reshape(-1, height, width, 3), strict=True)
     ]
-    shifts = np.array([_shift(one, other, height, width) for one, other in pairs])
+    shifts = np.array([shift(one, other, height, width) for one, other in pairs])
     return LayoutKept(
         position=share_interval(shifts < SHIFT_KEPT, groups),
         size=share_interval([_same_size(one.area, other.area) for one, other in pairs], groups),
@@ -254,7 +254,8 @@ def _layout_kept(before: np.ndarray, after: np.ndarray) -> LayoutKept:
     )
 
 
-def _shift(one: Layout, other: Layout, height: int, width: int) -> float:
+def shift(one: Layout, other: Layout, height: int, width: int) -> float:
+    """Distance of two centroids in pictures of a size, as a share of their diagonal."""
     across, down = (one.x - other.x) * width, (one.y - other.y) * height
     return float(np.hypot(across, down) / np.hypot(height, width))
 

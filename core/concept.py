@@ -227,6 +227,10 @@ def _held_out(names: Iterable[str], concept: Concept, source: PromptSource) -> s
 def _training_prompt(name: str, index: int, templates: Sequence[str], concept: Concept, source: PromptSource) -> str:
     if concept.kind == "style":
         return _style_prompt(name, index, templates, source.style_suffixes_train, concept)
+    if concept.kind == "memorized" and _same(name, concept.anchor):
+        # captions already, which no template takes
+        captions = concept.anchor_prompts or (concept.anchor,)
+        return captions[index % len(captions)]
     return fill(templates[index % len(templates)], name)
 
 

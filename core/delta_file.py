@@ -90,10 +90,18 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sou
 def _layer(name: str, part: Mapping[str, Tensor], source: str) -> LayerDelta:
     weight: Tensor | LowRank | None = part.get(".diff")
     up, down = part.get(".lora_up.weight"), part.get(".lora_down.weight")
-    if (up is None) != (down is None) or (up is not None and weight is not None):
+    alone = up is None and down is None and (weight is not None or ".diff_b" in part)
+    if not alone and (weight is not None or not _are_factors(up, down)):
         raise AblationError(f"{source} has an incomplete or contradictory entry for {name}: get the file again.")
     if up is not None and down is not None:
         rank = down.shape[0]
         alpha = float(part.get(".alpha", torch.tensor(float(rank))))
         weight = LowRank(up.flatten(1) * (alpha / rank), down)
     return LayerDelta(weight, part.get(".diff_b"))
+
+
+def _are_factors(up: Tensor | None, down: Tensor | None) -> bool:
+    """Whether the two can be multiplied: [out, rank, ...] and [rank, in, ...], of a rank of at least 1."""
+    if up is None or down is None or up.dim() < 2 or down.dim() < 2:
+        return False
+    return up.flatten(1).shape[1] == down.shape[0] > 0

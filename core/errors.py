@@ -14,8 +14,15 @@ class IncompatibleDelta(AblationError):
 
 
 class Diverged(AblationError):
-    """Training produced NaN, infinity or a loss far above where it began; no delta is returned."""
+    """Training ended in NaN or infinity, or its loss rose far above where it began; no delta is returned."""
 
 
 class Interrupted(AblationError):
     """The user cancelled. Raised by a progress callback, it unwinds any long operation and leaves the model clean."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: PyTorch has a type for it on GPUs; the CPU's allocator and MPS raise RuntimeErrors."""
+    words = ("can't allocate memory", "out of memory")
+    said = isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import AblationError
 
 
@@ -30,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # safetensors makes files that only their owner can read; other programs are meant to load these
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AblationError(_explain(path, error)) from error
     finally:
         with contextlib.suppress(OSError):
@@ -67,8 +69,10 @@ def require_writable(directory: Path) -> None:
                 folder.rmdir()
 
 
-def _explain(path: Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+def _explain(path: Path, error: OSError | SafetensorError) -> str:
+    # safetensors has an error of its own for whatever the system says, and repeats it there
+    full = any(words in str(error) for words in ("No space left", "not enough space on the disk"))
+    if getattr(error, "errno", None) == errno.ENOSPC or full:
         return f"The disk is full: free some space and write {path} again."
-    reason = error.strerror or str(error)
+    reason = getattr(error, "strerror", None) or str(error)
     return f"Cannot write {path} ({reason}): choose an output folder that you may write to."

@@ -61,7 +61,7 @@ def train_harvested(
 
     Raises:
         AblationError: settings or a start that do not fit.
-        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+        Diverged: the loss became NaN, infinite or far larger than at the start, or the delta NaN or infinite.
     """
     if settings.objective != "model" or settings.flip or settings.regularization:
         raise AblationError(

@@ -149,6 +149,8 @@ def write_found(folder: Path, found: FoundAnchors) -> None:
     write_text(folder / "anchor_prompts.txt", as_lines(concept.anchor_prompts))
     if concept.target_prompts:
         write_text(folder / "target_prompts.txt", as_lines(concept.target_prompts))
+    else:
+        (folder / "target_prompts.txt").unlink(missing_ok=True)
 
 
 def target_prompt_lines(pairs: Sequence[PromptPair], kind: str) -> tuple[str, ...]:

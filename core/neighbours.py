@@ -54,18 +54,18 @@ def nearest(
 def holdable(names: Iterable[str], concepts: Sequence[Concept]) -> tuple[str, ...]:
     """Those of `names` that can be held still without working against the ablation of `concepts`, without repeats.
 
-    Left out are the anchor (which is held anyway), the target's name, what contains it ("kitty cat" for "cat") and what
-    it contains ("Monet" for "the painter Monet"): those may be the same thing.
+    Left out are the anchor (which is held anyway), the target's name, what contains it as a word ("kitty cat" for
+    "cat") and what it contains ("Monet" for "the painter Monet"): those may be the same thing.
     """
+    targets = [normalise(concept.target) for concept in concepts]
+    anchors = {normalise(concept.anchor) for concept in concepts}
+    containing = [re.compile(rf"(?<!\w){re.escape(target)}s?(?!\w)") for target in targets]
 
     def free(name: str) -> bool:
         own = normalise(name)
         within = re.compile(rf"(?<!\w){re.escape(own)}(?!\w)")
-        return not any(
-            own == normalise(concept.anchor)
-            or normalise(concept.target) in own
-            or within.search(normalise(concept.target))
-            for concept in concepts
+        return own not in anchors and not any(
+            pattern.search(own) or within.search(target) for pattern, target in zip(containing, targets, strict=True)
         )
 
     return distinct(filter(free, names))

@@ -1,4 +1,4 @@
-"""Which precision a processor is fast in."""
+"""Which precision a processor is fast in, and what half precision asks of a training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import torch
 
 _X86 = {"x86_64", "amd64"}
+_FP16_GRADIENT_SCALE = 1024.0
 
 
 @functools.cache
@@ -24,3 +25,8 @@ def cpu_has_bf16() -> bool:
     # an older PyTorch cannot tell; fp32 is right everywhere
     asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(asked and asked())
+
+
+def gradient_scale(compute: torch.dtype) -> float:
+    """What losses are multiplied by for a network that computes in `compute` (see `Denoiser.gradient_scale`)."""
+    return _FP16_GRADIENT_SCALE if compute == torch.float16 else 1.0

@@ -151,6 +151,9 @@ def recipe(
         )
     rate = made.training.learning_rate * denoiser.learning_rate_scale
     train = replace(made.training, seed=seed, learning_rate=rate, objective=objective or made.training.objective)
+    if train.objective in TARGET_IMAGES:
+        # images of the target make no anchor pairs (x, c), which the regularization is on
+        train = replace(train, regularization=0.0)
     train = replace(train, **_with_fewer_preserved(made.training, training or {}))
     if made.harvest is not None:
         named = {"trajectories" if name == "images" else name: value for name, value in (dataset or {}).items()}

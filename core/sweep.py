@@ -129,6 +129,9 @@ def run_on_ray(
             while waiting or running:
                 while waiting and len(running) < (resources.workers or len(tasks)):
                     task = waiting.pop(0)
+                    if (output / task.name).is_dir():
+                        # an old report must not pass for the results of this run, which may be on another disk
+                        (output / task.name / REPORT_FILE).unlink(missing_ok=True)
                     running[remote.remote(run, task, output / task.name)] = task
                 (done, *_), _ = ray.wait(list(running), num_returns=1)
                 task = running.pop(done)

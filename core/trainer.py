@@ -131,8 +131,9 @@ def train(
         on_step: told the number of steps done and the delta as it then is.
 
     Raises:
-        AblationError: the subset does not exist, or the dataset was drawn for another objective.
-        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+        AblationError: the subset does not exist, the dataset was drawn for another objective, or the objective has
+            nothing to regularize with.
+        Diverged: the loss became NaN, infinite or far larger than at the start, or the delta NaN or infinite.
         Exception: whatever `on_progress` raises to cancel.
     """
     wanted = "target" if settings.objective in TARGET_IMAGES else "anchor"
@@ -140,6 +141,11 @@ def train(
         raise AblationError(
             f"The objective '{settings.objective}' needs images of the {wanted} and this dataset has images of the "
             f"{dataset.settings.source}: build a dataset for that objective."
+        )
+    if settings.regularization and settings.objective in TARGET_IMAGES:
+        raise AblationError(
+            f"The objective '{settings.objective}' has no images of the anchor to regularize with: set regularization "
+            "to 0."
         )
     delta = empty_delta(settings.subset, denoiser, dataset.concepts, settings.rank, settings.seed)
 
@@ -171,7 +177,7 @@ def optimize(
         on_step: told the number of steps done and the delta as it then is, which moves on: copy what you keep.
 
     Raises:
-        Diverged: the loss or the delta became NaN, infinite or far larger than at the start.
+        Diverged: the loss became NaN, infinite or far larger than at the start, or the delta NaN or infinite.
         PeerStopped: another process of the job has stopped.
     """
     start = time.perf_counter()

@@ -20,7 +20,8 @@ from ..core.dataset import DatasetSettings, build, make_plan
 from ..core.errors import AblationError
 from ..core.harvest import Harvest, HarvestSettings, harvest
 from ..core.hosts.comfyui import opened
-from ..core.presets import recipe
+from ..core.hosts.ldm_patcher import PIXELS_PER_LATENT
+from ..core.presets import check_serves, recipe
 from ..core.samplers import SAMPLERS
 from ..core.screening import Screen
 from . import instruments
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from ..core.progress import ProgressCallback
 
 _PREVIEWED = 16
-_PIXELS_PER_LATENT = 8
 
 
 class ConceptAblationBuildDataset(io.ComfyNode):
@@ -163,6 +163,8 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
+            for task in concepts:
+                check_serves(preset, task.concept.kind)
             kind = concepts[0].concept.kind
             base = recipe(preset, denoiser, kind)
             sizes = {"images": images or None, "preserve": None if preserve < 0 else preserve}
@@ -248,7 +250,7 @@ def identity(
 def size_of(data: Data) -> tuple[int, int]:
     """Width and height of a dataset's images, in pixels."""
     height, width = (data.x if isinstance(data, Harvest) else data.latents).shape[2:]
-    return width * _PIXELS_PER_LATENT, height * _PIXELS_PER_LATENT
+    return width * PIXELS_PER_LATENT, height * PIXELS_PER_LATENT
 
 
 def _directory(
@@ -282,5 +284,5 @@ def _rough(model: ModelPatcher, latents: Tensor) -> Tensor:
     pictures = latent_pictures(make_previewer(model), latents.to(model.load_device))
     image = as_image(np.stack([np.array(picture) for picture in pictures]))
     # a previewer that decodes gives the full size already
-    factor = max(1, latents.shape[2] * _PIXELS_PER_LATENT // image.shape[1])
+    factor = max(1, latents.shape[2] * PIXELS_PER_LATENT // image.shape[1])
     return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

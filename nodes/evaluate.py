@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import folder_paths
@@ -21,7 +21,7 @@ from ..core.report import before_after_grid, write_report
 from ..core.samplers import SAMPLERS, SampleSettings
 from . import instruments
 from .images import picture_as_image
-from .paths import numbered, safe_name
+from .paths import leads_elsewhere, numbered, safe_name
 from .progress import NodeProgress, memory_advice, show_text
 from .types import CATEGORY, AblationDelta, Concepts, images_at_once_input, model_inputs, seed_input, size_inputs
 
@@ -216,8 +216,7 @@ def judge_source(judge: str) -> str | Path | None:
     name = judge.strip()
     if name in ("", _EMBEDDED):
         return None
-    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if name.startswith("~") or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+    if leads_elsewhere(name):
         raise AblationError(
             f"The judge '{name}' is outside ComfyUI's models folder: give 'embedded', an open_clip name, or a folder "
             "below models."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import folder_paths
 import numpy as np
@@ -15,6 +15,7 @@ from ..core.ablation import Task
 from ..core.errors import AblationError
 from ..core.instruments import INSTALLED, Instruments, load_instruments
 from .images import as_picture
+from .paths import leads_elsewhere
 
 
 def original_input(use: str) -> io.Input:
@@ -84,7 +85,6 @@ def models_file(name: str) -> Path | None:
     """
     if not name:
         return None
-    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if name.startswith("~") or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+    if leads_elsewhere(name):
         raise AblationError(f"The file '{name}' is outside ComfyUI's models folder: give a file below models.")
     return Path(folder_paths.models_dir) / name

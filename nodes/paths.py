@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 _LONGEST = 60
 
@@ -13,6 +13,13 @@ def safe_name(text: str, default: str) -> str:
     is left of it.
     """
     return re.sub(r"[^\w.-]+", "_", text)[:_LONGEST].strip("._- ") or default
+
+
+def leads_elsewhere(name: str) -> bool:
+    """Whether a user's path could leave the folder that it is meant to be below, on any system."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+    return name.startswith("~") or ".." in parts or bool(absolute)
 
 
 def numbered(folder: Path, name: str, suffix: str = "") -> Path:

@@ -20,6 +20,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ..core.errors import is_out_of_memory
 from ..core.progress import Progress
 from .images import data_uri, grid, loss_curve
 
@@ -149,19 +150,11 @@ def memory_advice(advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         # what the failed step had in its variables would stay in memory while ComfyUI tries to free some
         traceback.clear_frames(error.__traceback__)
         raise model_management.OOM_EXCEPTION(f"Out of memory: {advice}.") from None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # PyTorch has a type for it on GPUs; the CPU's allocator and MPS say it in a RuntimeError
-    spoken = isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "out of memory")
-    )
-    return spoken or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 def _finite(number: float | None) -> float | None:

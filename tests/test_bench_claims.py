@@ -122,7 +122,7 @@ def test_loss_maximization_is_compared_where_both_still_trained():
     diverged = checkpoints("loss-max", [0.0], [0.25])
     diverged.append(replace(diverged[0], step=50, observations=()))
     found = claim(rows + diverged, "loss-max-hurts-neighbours")
-    assert found.verdict == "holds" and found.numbers["step"] == 25
+    assert found.verdict == "holds" and found.numbers["steps"] == [25]
     assert claim(rows + checkpoints("loss-max", [0.0], [1.0]), found.id).verdict == "does not hold"
     assert claim(rows, found.id).verdict == "not measured"
 

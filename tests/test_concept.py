@@ -229,6 +229,15 @@ def test_preservation_prompts_take_turns() -> None:
     assert preservation_prompts((), GRUMPY, SMALL, 3) == ()
 
 
+def test_captions_are_preserved_as_they_are() -> None:
+    assert preservation_prompts((CAPTION.anchor, "dog"), CAPTION, SMALL, 4) == (
+        "a1",
+        "a dog at sea",
+        "a2",
+        "a dog in a box",
+    )
+
+
 def test_preservation_leaves_out_evaluation_prompts_and_refuses_the_target() -> None:
     clash = dataclasses.replace(SMALL, instance_train=("an {} on Mars", "a {} in a box"))
     assert preservation_prompts(("dog",), GRUMPY, clash, 5) == ("a dog in a box",)

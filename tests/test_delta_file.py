@@ -110,6 +110,9 @@ def test_files_that_are_refused(tmp_path):
     for name, tensors, message in (
         ("loha", {"a.hada_w1_a": torch.ones(1)}, "hada_w1_a"),
         ("half", {"a.lora_up.weight": torch.ones(2, 2)}, "incomplete"),
+        ("alpha", {"a.alpha": torch.ones(())}, "incomplete"),
+        ("rank", {"a.lora_up.weight": torch.ones(4, 2), "a.lora_down.weight": torch.ones(3, 5)}, "incomplete"),
+        ("none", {"a.lora_up.weight": torch.ones(4, 0), "a.lora_down.weight": torch.ones(0, 5)}, "incomplete"),
         ("checkpoint", {"model.diffusion_model.out.2.weight": torch.ones(1)}, "does not read"),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from concept_ablation.core.errors import AblationError
@@ -31,9 +32,16 @@ def test_the_temporary_name_keeps_the_suffix(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
-def test_a_full_disk_is_one_clear_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_clear_sentence(tmp_path, error):
     with pytest.raises(AblationError, match="disk is full"), replacing(tmp_path / "a"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert not list(tmp_path.iterdir())
 
 

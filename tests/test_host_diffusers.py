@@ -9,14 +9,17 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from concept_ablation.core.concept import Concept
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, load_denoiser
+from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts, load_denoiser
 from concept_ablation.core.hosts.single_file import write_single_file
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings, sample_latents
+from concept_ablation.core.subsets import empty_delta, trainable
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DRAW = (["a cat", "a red apple"], [1, 2], SampleSettings(3))
@@ -252,3 +255,33 @@ def test_settings_that_do_not_fit(name, values, folder):
         (folder / name).write_text("{}", "utf-8")
     change(folder / name, **values)
     assert str(folder) in refusal(folder)
+
+
+def test_an_inpainting_network_is_refused(make_model):
+    parts = make_model()
+    network = UNet2DConditionModel.from_config(parts.network.config, in_channels=9)
+    with pytest.raises(AblationError, match="not an inpainting"):
+        DiffusersDenoiser(
+            Parts(network, parts.text_network, parts._tokenizer, parts.vae._vae, {}), "x", torch.device("cpu"), None
+        )
+
+
+def test_weights_in_fp16_take_nothing_from_the_gradients(make_model):
+    """As on a GPU: the weights in fp16, the arithmetic in bf16, which has the range of fp32."""
+    model = make_model()
+    x, sigma, cond = torch.randn(1, 4, 8, 8), torch.tensor([3.0]), model.encode(["a cat"])
+
+    def gradients() -> list[torch.Tensor]:
+        delta = trainable(empty_delta("cross-attn", model, [Concept("grumpy cat", "cat")]), "cross-attn")
+        with torch.enable_grad(), delta.attach(model):
+            (model.denoise(x, sigma, cond).mean() * 1e-6).backward()
+        return [layer.weight.grad for layer in delta.layers.values()]
+
+    expected = gradients()
+    for module in model.network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.half()
+    model._autocast = torch.bfloat16
+    for found, exact in zip(gradients(), expected, strict=True):
+        assert 0 < exact.abs().max() < 1e-6, "what fp16 can hardly hold"
+        assert (found - exact).norm() < 0.1 * exact.norm()

@@ -52,6 +52,8 @@ def test_paraphrases_that_draw_the_image_are_removed_and_the_others_drawn_instea
     }
     assert read_prompt_file(tmp_path / "anchor_prompts.txt") == found.concept.anchor_prompts
     assert read_prompt_file(tmp_path / "target_prompts.txt") == found.concept.target_prompts
+    write_found(tmp_path, replace(found, concept=replace(found.concept, target_prompts=())))
+    assert not (tmp_path / "target_prompts.txt").exists(), "of an earlier search"
 
 
 def test_a_search_without_anchors_says_so():
@@ -113,8 +115,9 @@ def test_rows_that_stay_copies_are_left_out_and_too_few_are_refused(tmp_path):
     mixed = replace(CONCEPT, anchor_prompts=("bird parade", "owl parade", "cockerel parade"))
     screen = Screen(COLOURS, (RED,), redraws=1)
     data = dataset.build(Painter(), [mixed], SETTINGS, screen=screen, directory=tmp_path / "d")
-    anchors = [data.plan.prompts[anchor] for anchor, _ in data.plan.rows]
-    assert "cockerel parade" not in anchors and anchors.count("bird parade") == 2 and len(data.latents) == len(anchors)
+    rows = [(data.plan.prompts[anchor], anchor != target) for anchor, target in data.plan.rows]
+    assert rows.count(("bird parade", True)) == 2 and len(data.latents) == len(rows)
+    assert "cockerel parade" not in dict(rows)
     assert dataset.load(tmp_path / "d").plan == data.plan
     red = replace(CONCEPT, anchor_prompts=("cockerel parade",))
     with pytest.raises(AblationError, match="Only 0 of 6 images"):

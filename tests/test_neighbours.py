@@ -53,6 +53,8 @@ def test_what_may_be_the_target_or_is_the_anchor_is_not_held(name):
 
 def test_part_of_a_word_is_no_part_of_the_name():
     assert holdable(["fin", "at"], [Concept("finch", "bird")]) == ("fin", "at")
+    names = ["woman", "snowman", "old man", "mans"]
+    assert holdable(names, [Concept("man", "person")]) == ("woman", "snowman")
 
 
 def test_the_common_vocabulary_gives_the_same_names_each_time(tiny, make_model):

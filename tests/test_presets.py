@@ -47,6 +47,9 @@ def test_learning_rates_follow_the_model(tiny):
 def test_the_images_follow_the_objective(tiny):
     assert recipe("balanced", tiny, objective="noise").dataset.source == "anchor"
     assert recipe("balanced", tiny, objective="reverse-kl").dataset.source == "target"
+    # whose images are no pairs of a picture and its anchor caption to regularize with
+    forgotten = [recipe("balanced", tiny, "memorized", objective=name) for name in ("model", "reverse-kl")]
+    assert [made.training.regularization for made in forgotten] == [1.0, 0.0]
 
 
 def test_seed_and_changes_reach_both_parts(tiny):

@@ -395,5 +395,5 @@ def test_unknown_prediction_type_is_refused(small, tmp_path):
 
 def test_unwritable_place(small, tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(AblationError, match="cannot be written"):
+    with pytest.raises(AblationError, match="Cannot write"):
         write_single_file(tmp_path / "file" / "model.safetensors", *small)

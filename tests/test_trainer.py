@@ -44,11 +44,18 @@ def state(denoiser):
 def test_every_objective_moves_every_subset(tiny, data, target_data, objective, subset):
     before = state(tiny)
     chosen = target_data if objective in TARGET_IMAGES else data
-    settings = replace(TRAIN, learning_rate=1e-3, objective=objective, subset=subset, regularization=0.5, flip=True)
-    result = train(tiny, chosen, settings)
+    strength = 0.0 if objective in TARGET_IMAGES else 0.5
+    training = {"objective": objective, "subset": subset, "regularization": strength, "flip": True}
+    result = train(tiny, chosen, replace(TRAIN, learning_rate=1e-3, **training))
     assert len(result.losses) == 4 and result.delta.norm() > 1e-3
     assert state(tiny) == before
     assert not any(tensor.requires_grad for layer in result.delta.layers.values() for tensor in layer.tensors())
+
+
+@pytest.mark.parametrize("objective", TARGET_IMAGES)
+def test_images_of_the_target_regularize_nothing(tiny, target_data, objective):
+    with pytest.raises(AblationError, match="set regularization to 0"):
+        train(tiny, target_data, replace(TRAIN, objective=objective, regularization=1.0))
 
 
 def test_the_baseline_raises_the_loss_of_the_target(emoji):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..core.errors import AblationError, Interrupted
+from ..core.errors import AblationError, Interrupted, is_out_of_memory
 from ..core.progress import Progress
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -118,7 +118,7 @@ def explain(error: Exception) -> str:
     """One sentence for the user; what is not theirs to mend also goes to the log, with its traceback."""
     if isinstance(error, AblationError):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     _log.error("a job failed", exc_info=error)
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,7 @@ def open_bench(
         pictures=digests,
         words=tuple(words.items()),
         categories=digest(dict(categories or {})),
+        prompts=digest([asdict(denoiser.prompt_source), asdict(denoiser.vocabulary)]),
     )
     return Bench(
         denoiser, tuple(judges), detector, originals, words, dict(categories or {}), Store(folder), protocol, tools

@@ -103,22 +103,27 @@ def _faster(measured: Sequence[Measured], judge: str | None) -> Claim:
 
 def _hurts(measured: Sequence[Measured], judge: str | None) -> Claim:
     text = (
-        "Loss maximization hurts neighbours: the accuracy of surrounding concepts, at the last checkpoint that both "
-        "reached, is lower than after model-based ablation."
+        "Loss maximization hurts neighbours: the accuracy of surrounding concepts, at the last checkpoint of each task "
+        "that both reached, is lower than after model-based ablation."
     )
-    steps = [{one.step for one in _evaluated(measured, name)} for name in ("model", "loss-max")]
-    last = max(steps[0] & steps[1], default=None)
+    rows = {name: _evaluated(measured, name) for name in ("model", "loss-max")}
+    # of each task by itself: what diverged early is what was hurt most
+    last: dict[tuple[str, int | None], int] = {}
+    model, worst = ({(one.task, one.seed, one.step or 0) for one in found} for found in rows.values())
+    for task, seed, step in model & worst:
+        last[task, seed] = max(step, last.get((task, seed), 0))
     pools = [
         pool(
-            [one for one in _evaluated(measured, name) if one.step == last],
+            [one for one in rows[name] if (one.step or 0) == last.get((one.task, one.seed))],
             ACCURACY,
             judge,
             SURROUNDING,
         )
         for name in ("loss-max", "model")
     ]
+    steps = sorted(set(last.values()))
     numbers = {name: _by_step(measured, name, judge, SURROUNDING) for name in ("model", "loss-max")}
-    return _positive("loss-max-hurts-neighbours", text, *difference(*pools), judge, {"step": last, **numbers})
+    return _positive("loss-max-hurts-neighbours", text, *difference(*pools), judge, {"steps": steps, **numbers})
 
 
 def _typos(measured: Sequence[Measured], judge: str | None) -> Claim:
@@ -226,12 +231,15 @@ def _little(id_: str, text: str, first: Sequence[Measured], second: Sequence[Mea
     around, _ = difference(*(pool(found, ACCURACY, judge, SURROUNDING) for found in (first, second)))
     if target is None or around is None:
         return not_measured(id_, text, "One of the two was not measured.", judge)
-    verdict, reason = _within(max(target.high, -around.low))
+    ends = target.high, -around.low
+    verdict, reason = _within(math.nan if any(map(math.isnan, ends)) else max(ends))
     numbers = {"target": as_json(target), "surrounding": as_json(around)}
     return Claim(id_, text, verdict, reason, as_json(target, over.images), numbers, over.tasks, judge)
 
 
 def _within(worst: float) -> tuple[Verdict, str]:
+    if math.isnan(worst):
+        return "does not hold", "There are too few prompts for an interval."
     if worst < MARGIN:
         return "holds", f"The bad end of the interval is {worst:.3f}, less than the margin of {MARGIN:.2f}."
     return "does not hold", f"The bad end of the interval is {worst:.3f}, not less than the margin of {MARGIN:.2f}."

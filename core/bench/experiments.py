@@ -26,7 +26,7 @@ class Selection:
 
     tasks: tuple[Task, ...]
     methods: tuple[Method, ...]
-    """The first is the default one, on which everything but the table is based."""
+    """The first is the default one; comparisons of objectives and subsets are based on `varied`."""
     seeds: tuple[int, ...] = (0,)
     compare: int = 4
     """Tasks in each comparison of methods."""

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import RESAMPLES, Estimate, difference_interval, mean_interval, ratio_interval, share_interval
+from ..statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    Estimate,
+    difference_interval,
+    mean_interval,
+    ratio_interval,
+    share_interval,
+)
 from .measures import Observation
 
 FEW_RESAMPLES = 2_000
@@ -127,7 +135,12 @@ def difference(first: Pool, second: Pool) -> tuple[Estimate | None, Pool]:
         if key in first.counts and first.counts[key].images == one.images
     }
     paired = Pool({key: Counts(one.after, other.after, other.images) for key, (one, other) in common.items()})
-    return change(paired), Pool({key: other for key, (_, other) in common.items()})
+    estimate = change(paired)
+    if estimate is not None and estimate.low == estimate.high:
+        # all alike: resampling finds nothing else, which is no certainty (as in `share_interval`)
+        margin = 1 - (1 - CONFIDENCE) ** (1 / paired.images)
+        estimate = Estimate(estimate.value, max(-1.0, estimate.low - margin), min(1.0, estimate.high + margin))
+    return estimate, Pool({key: other for key, (_, other) in common.items()})
 
 
 def mean_score(measured: Iterable[Measured], measure: str, judge: str | None, roles: Iterable[str]) -> Estimate | None:

@@ -82,7 +82,10 @@ def _copies(tasks: Sequence[Task]) -> Rule:
         rows = _of_kinds(measured, ("memorized",))
         over = pool(rows, COPIES, None, TARGET)
         claim = _at_most("copy-rate", text, over, 0.0, _named(tasks, ("memorized",)), None)
-        by_task = {one.task: as_json(share(pool([one], COPIES, None, TARGET))) for one in rows}
+        by_task = {
+            name: as_json(share(pool([one for one in rows if one.task == name], COPIES, None, TARGET)))
+            for name in dict.fromkeys(one.task for one in rows)
+        }
         return Claim(**{**claim.to_json(), "numbers": {**claim.numbers, "by task": by_task}})
 
     return rule

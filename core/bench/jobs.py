@@ -87,8 +87,15 @@ def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) ->
     made, present = bench.recipe(edit), is_made(bench, edit)
     total = once(str(edit_folder(bench, edit)), training_rows(made), present)
     folder = dataset_folder(bench, made, edit.tasks)
-    drawn = present or (folder / "manifest.json").is_file()
-    total += once(str(folder), dataset_rows(made, len(edit.tasks)), drawn)
+    every = dataset_rows(made, len(edit.tasks))
+    if edit.method.ranked:
+        # its captions, and so the folder of its dataset, are not known before they are ranked
+        total += once(f"dataset of {edit_folder(bench, edit)}", every, present)
+    elif made.dataset is not None:
+        drawn = made.dataset.batch * len(list(folder.glob("shard-*.safetensors")))
+        total += once(str(folder), max(0, every - sampling_rows(drawn, made.dataset.sample)), present)
+    else:
+        total += once(str(folder), every, present or (folder / "manifest.json").is_file())
     if edit.method.ranked:
         total += once("captions " + job.task.name, sum(ranking_rows(bench, task) for task in edit.tasks), present)
     return total
@@ -101,7 +108,9 @@ def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
     delta = made.delta(job.step)
     found: dict[str, Any] = {"edit": {**made.info, "losses": _thinned(made.info["losses"])}, "observations": []}
     if delta is None:
-        return {**found, "diverged": made.info["diverged"] or "There is no such checkpoint."}
+        if not made.info["diverged"]:
+            raise AblationError(f"{made.folder} lacks a delta that it should have: delete it and run with --retry.")
+        return {**found, "diverged": made.info["diverged"]}
     wanted, found["not_measured"] = units(job.task, bench.denoiser.prompt_source, bench.protocol, job.robustness)
     original = bench.original(job.task)
     if job.task.concept.kind == "memorized" and original is None:
@@ -205,7 +214,8 @@ def _attack(bench: Bench, job: Job) -> dict[str, Any]:
 def _target_images(bench: Bench, concept: Concept) -> TargetImages:
     """What the attacker has of the target: drawn once for all edits."""
     settings = bench.protocol.attack_settings
-    name = digest({"model": bench.tools.model, "concept": asdict(concept), "attack": asdict(settings)})
+    made_of = {"model": bench.tools.model, "prompts": bench.tools.prompts}
+    name = digest({**made_of, "concept": asdict(concept), "attack": asdict(settings)})
     path = bench.store.cache("attacked", name) / "latents.safetensors"
     try:
         stored = load_file(path)

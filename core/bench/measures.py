@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ..composition import SHIFT_KEPT, layout, obeys, said_word
+from ..composition import SHIFT_KEPT, layout, obeys, said_word, shift
 from ..concept import Concept, judge_texts
 from ..copies import CopyDetector, copies
 from ..kid import kid, spherical
@@ -108,9 +108,7 @@ def observe_position(unit: Unit, before: np.ndarray, after: np.ndarray) -> Obser
     height, width = before.shape[2:4]
     stayed = []
     for one, other in zip(before.reshape(-1, height, width, 3), after.reshape(-1, height, width, 3), strict=True):
-        first, second = layout(one), layout(other)
-        shift = math.hypot((first.x - second.x) * width, (first.y - second.y) * height)
-        stayed.append(shift < SHIFT_KEPT * math.hypot(width, height))
+        stayed.append(shift(layout(one), layout(other), height, width) < SHIFT_KEPT)
     return _observation("position", None, unit, [np.ones(len(stayed), dtype=bool), np.array(stayed)], None)
 
 

@@ -186,6 +186,8 @@ class Instruments:
     """Word groups whose obedience is measured (`composition.composition_kept`)."""
     categories: str = ""
     """Digest of the model's categories, from which the leak scan takes words."""
+    prompts: str = ""
+    """Digest of the model's prompt templates and vocabulary, which its fingerprint does not cover."""
 
 
 def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
@@ -239,11 +241,14 @@ def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -
         {
             "format": FORMAT,
             "model": tools.model,
+            "prompts": tools.prompts,
             "tasks": [_task(task, tools) for task in edit.tasks],
             "preset": edit.method.preset,
             "recipe": asdict(made),
             "detector": tools.detector if memorized else None,
             "ranking": [asdict(protocol.sample), RANKED_CAPTIONS, RANKED_IMAGES] if edit.method.ranked else None,
+            # a training that kept other checkpoints, or none, is no substitute
+            "checkpoints": protocol.checkpoints if edit.method.constant_rate else None,
         }
     )
 
@@ -251,10 +256,12 @@ def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -
 def job_key(job: Job, made: Recipe | None, tools: Instruments, protocol: Protocol) -> str:
     """Key of a job's result."""
     drawn = [protocol.prompts, protocol.images, asdict(protocol.sample), protocol.first_seed]
+    styles = dict(tools.words).get("style") if job.task.concept.kind == "instance" else None
+    scanned = {"scan": asdict(protocol.scan_settings), "categories": tools.categories, "styles": styles}
     measured: dict[str, object] = {
         "evaluate": {"drawn": drawn, "robustness": job.robustness, "words": tools.words},
         # the recognisers of both are calibrated on what an evaluation draws
-        "leaks": {"drawn": drawn, "scan": asdict(protocol.scan_settings), "categories": tools.categories},
+        "leaks": {"drawn": drawn, **scanned},
         "attack": {"drawn": drawn, "attack": asdict(protocol.attack_settings)},
     }
     return digest(
@@ -262,6 +269,7 @@ def job_key(job: Job, made: Recipe | None, tools: Instruments, protocol: Protoco
             "format": FORMAT,
             "kind": job.kind,
             "model": tools.model,
+            "prompts": tools.prompts,
             "edit": edit_key(job.edit, made, tools, protocol) if job.edit and made else None,
             "step": job.step,
             "task": _task(job.task, tools),

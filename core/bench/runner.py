@@ -18,6 +18,7 @@ from .bench import Bench
 from .jobs import expected_rows, run_job
 from .pace import probe, weighted
 from .plan import FORMAT, Job, describe
+from .units import units
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ def plan_keys(bench: Bench, experiments: Mapping[str, Sequence[Job]]) -> dict[st
     """The jobs of each experiment with their keys. Costs nothing, so that bad input is found before any work.
 
     Raises:
-        AblationError: no such preset, subset or objective.
+        AblationError: no such preset, subset or objective, or fewer evaluation prompts than are asked for.
     """
+    for jobs in experiments.values():
+        for job in jobs:
+            units(job.task, bench.denoiser.prompt_source, bench.protocol, robustness=False)
     return {name: [Planned(bench.key(job), job) for job in jobs] for name, jobs in experiments.items()}
 
 
@@ -65,10 +69,10 @@ def what_is_left(bench: Bench, plan: Mapping[str, Sequence[Planned]], retry: boo
 
 
 def known_rate(bench: Bench, plan: Mapping[str, Sequence[Planned]]) -> float | None:
-    """Rows per second over the results that this machine has made, or None."""
-    here = platform.node()
+    """Rows per second over the results that this machine has made on this device, or None."""
+    here = platform.node(), _device(bench)
     results = [bench.store.result(key) for key in {one.key for planned in plan.values() for one in planned}]
-    made = [found for found in results if found and found.get("machine") == here and found.get("rows")]
+    made = [one for one in results if one and (one.get("machine"), one.get("device")) == here and one.get("rows")]
     seconds = sum(found["seconds"] for found in made)
     return sum(found["rows"] for found in made) / seconds if seconds else None
 
@@ -124,10 +128,9 @@ def run(
 
 def environment(bench: Bench) -> dict[str, Any]:
     """What figures may depend on beside the settings."""
-    device = bench.denoiser.device
     return {
         "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": _device(bench),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -151,10 +154,16 @@ def _run_one(bench: Bench, one: Planned) -> None:
         "rows": weighted(rows),
         "seconds": round(seconds, 3),
         "machine": platform.node(),
+        "device": _device(bench),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "result": result,
     }
     bench.store.finish(one.key, value, keep_scratch=bench.keep_pictures)
+
+
+def _device(bench: Bench) -> str:
+    device = bench.denoiser.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _done(bench: Bench, key: str, retry: bool) -> bool:

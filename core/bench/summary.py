@@ -180,7 +180,8 @@ def _by_judge(one: Measured, judge: str) -> Row:
                 "after": as_json(share(found, resamples=FEW_RESAMPLES), found.images),
             }
             for role in ("target", "surrounding")
-            if (found := pool([one], group, judge, (role,)))
+            # the style word in a style's own prompts is the target, which is meant to be lost
+            if not (one.kind == group == "style" and role == "target") and (found := pool([one], group, judge, (role,)))
         }
     return row
 

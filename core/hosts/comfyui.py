@@ -20,6 +20,7 @@ from torch import Tensor
 from ..delta import Delta
 from ..delta_file import to_tensors
 from ..denoiser import Conditioning
+from ..precision import gradient_scale
 from ..prompts import BUILT_IN, PromptSource
 from ..vocabulary import COMMON, Vocabulary
 from .comfy_names import architecture_of, text_layers, unet_layers
@@ -31,7 +32,6 @@ from .ldm_patcher import (
     PatcherDenoiser,
     autocast_dtype,
     check_fits,
-    gradient_scale,
     kept_for_backward,
     latent_edges,
     make_ordinary,

@@ -25,7 +25,7 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..precision import cpu_has_bf16
+from ..precision import cpu_has_bf16, gradient_scale
 from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
 from ..vocabulary import COMMON, Vocabulary
@@ -94,6 +94,12 @@ class DiffusersDenoiser(Denoiser):
         autocast: torch.dtype | None,
     ) -> None:
         super().__init__()
+        taken, given = parts.unet.config.in_channels, parts.unet.config.out_channels
+        if taken != given:
+            raise AblationError(
+                f"{name} takes {taken} channels and gives {given}: choose a Stable Diffusion base model, not an "
+                "inpainting or other variant."
+            )
         self.name = name
         self.device = device
         self.prompt_source = BUILT_IN
@@ -106,6 +112,7 @@ class DiffusersDenoiser(Denoiser):
         self.layers = _editable_layers(self.network, self.text_network)
         self._tokenizer = parts.tokenizer
         self._autocast = autocast
+        self.gradient_scale = gradient_scale(autocast or self.network.dtype)
         self._prediction = parts.schedule.get("prediction_type", "epsilon")
         if self._prediction not in ("epsilon", "v_prediction"):
             raise AblationError(f"{name} predicts '{self._prediction}': only epsilon and v_prediction are supported.")
@@ -119,9 +126,11 @@ class DiffusersDenoiser(Denoiser):
         scale = sigma.view(-1, 1, 1, 1)
         timestep = self._timestep(sigma)
         model_input = (x / (scale**2 + 1).sqrt()).to(memory_format=torch.channels_last)
+        # under autocast each layer casts for itself; with fp16 weights a cast here would be on the gradients' way
+        dtype = self.network.dtype if self._autocast is None else torch.float32
         with self._compute():
             output = self.network(
-                model_input.to(self.network.dtype), timestep, encoder_hidden_states=cond.context.to(self.network.dtype)
+                model_input.to(dtype), timestep, encoder_hidden_states=cond.context.to(dtype)
             ).sample.float()
         if self._prediction == "epsilon":
             return x - scale * output
@@ -177,7 +186,7 @@ def load_denoiser(
         model: a diffusers pipeline folder, a single-file SD 1.x checkpoint (`.safetensors`), a hub id such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", or None for the embedded Emoji Diffusion.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes a GPU if there is one.
-        precision: "auto" computes in bf16 where the hardware has it, otherwise in fp32; "fp16" is for drawing only.
+        precision: "auto" computes in bf16 where the hardware has it, otherwise in fp32; "fp16" scales its gradients.
         prediction_type: "epsilon" or "v_prediction"; None takes what the model says.
 
     Raises:
@@ -337,7 +346,7 @@ def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch
         fast = precision == "bf16" or (precision == "auto" and cpu_has_bf16())
         return torch.float32, torch.bfloat16 if fast else None
     if precision == "auto":
-        # not fp16: without loss scaling its gradients would vanish
+        # not fp16, whose range a large loss could leave
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp32":
         return torch.float32, None

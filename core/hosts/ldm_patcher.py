@@ -26,7 +26,6 @@ BATCH, TRAINING = 16, 3
 """What a host is asked to keep free: its own estimate for images of this batch, times what a backward pass adds."""
 PIXELS_PER_LATENT = 8
 
-_FP16_GRADIENT_SCALE = 1024.0
 _CHECKPOINTED = ("ResBlock", "SpatialTransformer")
 _UNUSED = (".logit_scale", "clip_l.transformer.text_projection.weight", "clip_h.transformer.text_projection.weight")
 
@@ -164,11 +163,6 @@ def _checkpoint(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 # --- Choices ----------------------------------------------------------------------------------------------------------
-
-
-def gradient_scale(compute: torch.dtype) -> float:
-    """What losses are multiplied by for a network that computes in `compute` (see `Denoiser.gradient_scale`)."""
-    return _FP16_GRADIENT_SCALE if compute == torch.float16 else 1.0
 
 
 def autocast_dtype(device: torch.device, compute: torch.dtype, precision: str) -> torch.dtype | None:

@@ -8,10 +8,8 @@ heads, the text encoder's activation and special tokens, the latent scale) is ke
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ..errors import AblationError
+from ..files import replacing
 from .ldm_names import (
     SD1_LATENT_SCALE,
     UNET_PREFIX,
@@ -383,12 +382,5 @@ def _refuse_lost_settings(config: Mapping[str, Any], read_back: Mapping[str, Any
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise AblationError(f"{path} cannot be written ({error}): free space or choose another place.") from error

@@ -22,6 +22,7 @@ from ..delta import Delta
 from ..delta_file import to_tensors
 from ..denoiser import Conditioning
 from ..errors import AblationError
+from ..precision import gradient_scale
 from ..prompts import BUILT_IN
 from .ldm_patcher import (
     BATCH,
@@ -31,7 +32,6 @@ from .ldm_patcher import (
     PatcherDenoiser,
     autocast_dtype,
     check_fits,
-    gradient_scale,
     is_editable,
     kept_for_backward,
     latent_edges,

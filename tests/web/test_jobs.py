@@ -82,6 +82,7 @@ def test_a_cancelled_job_stops_at_the_step_after_and_the_next_one_runs():
     [
         (AblationError("The disk is full: free some."), "The disk is full: free some.", False),
         (MemoryError(), OUT_OF_MEMORY, False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OUT_OF_MEMORY, False),
         (ValueError("odd\nsecond line"), "Something went wrong that is not your doing (ValueError: odd): see", True),
     ],
 )
