@@ -127,6 +127,22 @@ def test_loss_maximization_is_compared_where_both_still_trained():
     assert claim(rows, found.id).verdict == "not measured"
 
 
+def test_a_task_on_which_loss_maximization_diverged_early_counts():
+    rows = checkpoints("model", [0.5, 0.0], [1.0, 1.0]) + checkpoints("loss-max", [0.0], [0.25])
+    for objective in ("model", "loss-max"):
+        rows += [replace(one, task="instance-1") for one in checkpoints(objective, [0.5, 0.0], [1.0, 1.0])]
+    found = claim(rows, "loss-max-hurts-neighbours")
+    assert found.numbers["steps"] == [25, 50] and found.tasks == 2 and found.figure["value"] > 0.3
+
+
+def test_a_difference_of_none_is_not_certain():
+    same = pool([measured("table", {"target": 0.0})], "accuracy", "judge", ("target",))
+    estimate, over = difference(same, same)
+    # the rule of three
+    assert (estimate.value, estimate.high) == (0.0, pytest.approx(3 / over.images, rel=0.02))
+    assert estimate.low == -estimate.high
+
+
 def test_typos_are_compared_between_subsets():
     def rows(cross: float, embedding: float) -> list[Measured]:
         return [

@@ -115,6 +115,15 @@ def test_keys_of_scans_and_attacks_change_with_their_settings(tiny):
     assert key(tiny, scan) != key(tiny, scan, replace(TOOLS, categories=""))
     assert key(tiny, attack) != key(tiny, attack, protocol=Protocol(attack=AttackSettings(batch=2)))
     assert key(tiny, attack) != key(tiny, replace(attack, edit=JOB.edit))
+    # a scan tries the style words of the whole list
+    assert key(tiny, scan) != key(tiny, scan, replace(TOOLS, words=(*TOOLS.words, ("style", ("noto", "blob")))))
+
+
+def test_keys_change_with_the_prompts_and_with_the_checkpoints_that_are_kept(tiny):
+    assert key(tiny, JOB) != key(tiny, JOB, replace(TOOLS, prompts="other templates"))
+    watched, denser = varied(ROOSTER, constant_rate=True, steps=200), Protocol(checkpoints=(10, 200))
+    assert key(tiny, watched) != key(tiny, watched, protocol=denser)
+    assert key(tiny, JOB) == key(tiny, JOB, protocol=denser), "which keeps none"
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ class Pace:
         self.check()
         if self.rate and rows / self.rate > self.seconds_left:
             raise Interrupted(
-                f"The next piece of work needs about {rows / self.rate / 60:.1f} minutes: run the benchmark again with "
-                "more time."
+                f"The next work needs about {rows / self.rate / 60:.1f} minutes in one piece: run the benchmark again "
+                "with more time."
             )
 
     def learn(self, rows: int, seconds: float) -> None:
