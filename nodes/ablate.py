@@ -98,7 +98,7 @@ class ConceptAblationAblate(io.ComfyNode):
                 AblationDelta.Output(display_name="delta", tooltip="The edit itself: save, merge or apply it."),
                 io.Image.Output(display_name="loss plot", tooltip="The training loss of every step."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -117,7 +117,8 @@ class ConceptAblationAblate(io.ComfyNode):
         gradient_checkpointing: bool,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
-        progress = NodeProgress(cls.hidden.unique_id, model)
+        workflow = ((cls.hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
+        progress = NodeProgress(cls.hidden.unique_id, model, workflow=workflow)
         width, height = size_of(dataset)
         overrides: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch": batch}
         advice = "lower the batch, switch gradient_checkpointing on, or choose a smaller subset"

@@ -102,7 +102,10 @@ class ConceptAblationFindAnchors(io.ComfyNode):
     ) -> io.NodeOutput:
         if not caption.strip():
             raise AblationError("The caption is empty: give the words that reproduce the image.")
-        caption = Concept(caption, f"not {caption}"[:200], "memorized").target
+        sought = Concept(caption, f"not {caption}"[:200], "memorized")
+        # what is wrong already should not cost the search; what it finds is checked below
+        check_tasks((*concepts, Task(sought, names(surrounding))))
+        caption = sought.target
         own = tuple(filter(None, map(str.strip, paraphrases.splitlines())))
         tried = own or paraphrases_of(caption, count, seed=seed)
         settings = SearchSettings(

@@ -41,13 +41,17 @@ class NodeProgress:
         node_id: the node's unique id.
         model: whose latents will be drawn.
         phases: phases of equal length that share one bar; any other phase has the bar to itself.
+        workflow: id of the workflow that the node is part of, which its events name; None where nobody knows.
 
     Raises:
         InterruptProcessingException: from a call, after the user pressed Cancel.
     """
 
-    def __init__(self, node_id: str, model: ModelPatcher, phases: Sequence[str] = ()) -> None:
+    def __init__(
+        self, node_id: str, model: ModelPatcher, phases: Sequence[str] = (), workflow: str | None = None
+    ) -> None:
         self._node_id = node_id
+        self._origin = {"workflow": workflow} if workflow else {}
         self._phases = tuple(phases)
         self._bar = ProgressBar(1, node_id)
         self._previewer = make_previewer(model)
@@ -65,7 +69,7 @@ class NodeProgress:
         done = index * progress.total + progress.step
         self._bar.update_absolute(done, count * progress.total, self._preview(progress, finished))
         if self._due("event", _EVENT_SECONDS) or finished:
-            send_event(event(self._node_id, progress))
+            send_event({**event(self._node_id, progress), **self._origin})
 
     def show(self, picture: Image.Image) -> None:
         """Leave `picture` on the node: the front end keeps the last preview, also when the node has finished."""
@@ -76,7 +80,7 @@ class NodeProgress:
         pictures = {"before": [data_uri(image) for image in before], "after": [data_uri(image) for image in after]}
         loss = self._losses[-1] if self._losses else None
         done = Progress("Before and after", len(before), len(before), 0.0, loss)
-        send_event({**event(self._node_id, done), "pictures": pictures})
+        send_event({**event(self._node_id, done), **self._origin, "pictures": pictures})
 
     def _preview(self, progress: Progress, finished: bool) -> Preview | None:
         try:

@@ -107,7 +107,6 @@ def test_the_judge_is_the_settings(host, monkeypatch):
     monkeypatch.setitem(shared.opts.data, "concept_ablation_judge", str(EMBEDDED_JUDGE))
     with host.denoiser("loaded") as denoiser:
         judge = host.judge("loaded", denoiser)
-        assert host.judge("loaded", denoiser) is judge
     assert judge.name == "judge"
 
 

@@ -31,7 +31,7 @@ _SHOW_JS = """() => {
 # In the browser, for only it knows whether something was typed while the server thought of an anchor.
 _KEEP_TYPED_JS = "(typed, suggested) => typed || suggested"
 _START, _QUEUE = "Ablate", "Add to the queue"
-_LATE_FIELDS = ("model", "subset", "eval_prompts")
+_LATE_FIELDS = ("model", "subset", "eval_prompts", "original")
 """Fields whose errors can be found only when the model is there."""
 
 
@@ -56,6 +56,11 @@ class AblatePage:
     def model(self) -> Any:
         """The model's field, which other pages read."""
         return self.fields["model"]
+
+    @property
+    def applied(self) -> Any:
+        """Which deltas are applied."""
+        return self._applied
 
     @property
     def poll_inputs(self) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..core.ablation import Task, ablate, report_inputs, screen_of
 from ..core.denoiser import Denoiser
@@ -43,12 +46,17 @@ STAGES = (
     "Drawing after",
 )
 """The phases that an ablation may have, as core reports them."""
+SEARCH = "Drawing paraphrases"
+"""The phase before these, where anchors are still to be found."""
 PREVIEW_SHARE = 0.05
 """At most this share of a job's time goes into showing what it draws."""
 LARGEST_ON_CPU = 32 * 32
 """Latent positions of a picture that a CPU decodes in less than seconds."""
 PREVIEWED = 4
 """Pictures of a preview."""
+SHOWN = 256
+"""Longest edge of the pictures that are kept for the page; the report on the disk has larger ones."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class AblationResult:
     folder: Path
     """Report, contact sheet and dataset."""
     evaluation: Evaluation = field(repr=False)
-    seconds: float = 0.0
+    """With pictures of at most `SHOWN`."""
 
     @property
     def files(self) -> list[Path]:
@@ -82,13 +90,12 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
     """The work of an ablation job."""
 
     def work(job: Job) -> AblationResult:
-        start = time.perf_counter()
         require_writable(host.delta_folder)
         require_writable(host.output_folder)
         with ExitStack() as stack:
             denoiser, judge = _load(host, request.model, stack)
             made_by = _recipe(request, denoiser)
-            job.expected = stages_of(made_by)
+            job.expected = (*((SEARCH,) if request.find_anchors else ()), *stages_of(made_by))
             instruments = _instruments(request, denoiser)
             task = request.task
             concepts, surrounding = [task.concept], [task.surrounding]
@@ -112,9 +119,31 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
                 denoiser, made.delta, concepts, surrounding, judge, request.evaluation, on_progress, instruments
             )
             write_report(folder, report_inputs(denoiser, [task], path, found, recipe=made_by, made=made))
-        return AblationResult(path, folder, found, time.perf_counter() - start)
+        return AblationResult(path, folder, _as_shown(found))
 
     return work
+
+
+def _as_shown(found: Evaluation) -> Evaluation:
+    concepts = (
+        replace(one, images_before=_shrunk(one.images_before), images_after=_shrunk(one.images_after))
+        for one in found.concepts
+    )
+    return replace(found, concepts=tuple(concepts))
+
+
+def _shrunk(images: np.ndarray) -> np.ndarray:
+    """uint8 [prompts, seeds, height, width, 3] with a longest edge of `SHOWN`; smaller ones as they are."""
+    height, width = images.shape[2:4]
+    scale = SHOWN / max(height, width)
+    if scale >= 1:
+        return images
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = [
+        np.asarray(Image.fromarray(one).resize(size, Image.Resampling.LANCZOS))
+        for one in images.reshape(-1, *images.shape[2:])
+    ]
+    return np.stack(small).reshape(*images.shape[:2], size[1], size[0], 3)
 
 
 def stages_of(made_by: Recipe) -> tuple[str, ...]:
@@ -226,7 +255,13 @@ def _watch(host: Host, job: Job, denoiser: Denoiser | None) -> ProgressCallback:
             return
         if denoiser.device.type == "cpu" and progress.latents[0, 0].numel() > LARGEST_ON_CPU:
             return
-        job.preview = _decode(denoiser, progress)
+        try:
+            job.preview = _decode(denoiser, progress)
+        except Exception:
+            # the work is worth more than a picture of it, and what failed once (memory) would fail again
+            _log.warning("no previews of this job", exc_info=True)
+            shown = math.inf
+            return
         shown = time.perf_counter()
         cost = shown - now
 

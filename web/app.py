@@ -133,7 +133,7 @@ def serve(app: gr.Blocks, output: Path, access: Access, *, port: int | None, **o
             share=access.share,
             auth=access.login,
             allowed_paths=[str(output.resolve())],
-            max_file_size="1mb",  # the page takes no files; gradio would
+            max_file_size="32mb",  # the one upload is a memorized picture; gradio would take any size
             **launch_arguments(theme()),
             **options,
         )

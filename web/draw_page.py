@@ -54,16 +54,17 @@ class DrawPage:
             api_name="draw",
             concurrency_limit=None,
         )
-        self._cancel.click(self._stop, session, None, show_progress="hidden", **private())
+        self._cancel.click(self._stop, session, self._cancel, show_progress="hidden", **private())
 
     @property
     def shown(self) -> list[Any]:
         """What `refresh` fills."""
-        return [self._applied]
+        return [self._applied, self._cancel]
 
-    def refresh(self) -> str:
-        """The deltas that are applied now."""
-        return views.applied(self._host.applied())
+    def refresh(self, session: str) -> list[Any]:
+        """The deltas that are applied now, and Cancel for a drawing that was begun before the page was reloaded."""
+        drawing_now = any(job.active for job in self._runner.of(session + _SUFFIX))
+        return [views.applied(self._host.applied()), gr.update(visible=drawing_now)]
 
     def _run(
         self, session: str, model: str, prompt: str, seed: float, count: float, steps: float, guidance: float
@@ -84,16 +85,19 @@ class DrawPage:
             yield session, told, gr.skip(), gr.update(visible=False)
 
     def _work(self, model: str, prompt: str, seed: float, count: float, steps: float, guidance: float) -> Any:
-        prompt = (prompt or "").strip()
+        prompt, model = (prompt or "").strip(), (model or "").strip()
         if not prompt:
             raise AblationError("The prompt is empty: say what to draw.")
+        if not model:
+            raise AblationError("No model is chosen: choose one on the page Ablate.")
         if len(prompt) > MAX_CAPTION_LENGTH:
             raise AblationError(f"The prompt has {len(prompt):,} characters: use at most {MAX_CAPTION_LENGTH:,}.")
         if seed is None or not 0 <= seed <= MAX_SEED - 8:
             raise AblationError("The seed must be a whole number, 0 or above.")
         return drawing(self._host, model, prompt, int(seed), int(count), SampleSettings(int(steps), float(guidance)))
 
-    def _stop(self, session: str) -> None:
+    def _stop(self, session: str) -> Any:
         for job in self._runner.of(session + _SUFFIX):
             if job.active:
                 self._runner.cancel(job)
+        return gr.update(visible=False)

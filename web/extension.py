@@ -7,6 +7,7 @@ of gradio are inside functions: the first exist only there, and gradio 3 could n
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import importlib.util
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..core.denoiser import Denoiser
     from ..core.metrics import Judge
     from ..core.progress import Progress
+    from .jobs import Runner
 
 TITLE, ELEMENT = "Concept Ablation", "concept_ablation"
 JUDGE, SUBFOLDER = "concept_ablation_judge", "concept_ablation_subfolder"
@@ -51,7 +53,6 @@ class WebUIHost(Host):
         loras = Path(shared.cmd_opts.lora_dir)
         self.delta_folder = loras / safe_name(subfolder) if subfolder else loras
         self.output_folder = Path(paths_internal.default_output_dir) / "concept-ablation"
-        self._judges: dict[str, Judge] = {}
 
     @contextlib.contextmanager
     def denoiser(self, model: str) -> Iterator[Denoiser]:
@@ -80,9 +81,8 @@ class WebUIHost(Host):
         from ..core.metrics import Judge
 
         name = str(getattr(shared.opts, JUDGE, "") or "").strip() or NETWORK_JUDGE
-        if name not in self._judges:
-            self._judges[name] = Judge.load(name, denoiser.device)
-        return self._judges[name]
+        # not kept: Forge could not move it aside when a generation needs the memory
+        return Judge.load(name, denoiser.device)
 
     def applied(self) -> tuple[Applied, ...]:
         from modules import shared
@@ -138,10 +138,18 @@ def make_tab() -> gr.Blocks:
     if can_work():
         from .tab import build_tab
 
-        return build_tab(WebUIHost())
+        return build_tab(WebUIHost(), runner=_runner())
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.HTML(_instead())
     return blocks
+
+
+@functools.cache
+def _runner() -> Runner:
+    """One queue for as long as the program runs: *Reload UI* makes the tab anew while jobs go on."""
+    from .jobs import Runner
+
+    return Runner()
 
 
 def add_settings() -> None:
@@ -176,13 +184,15 @@ def _instead() -> str:
     loras = getattr(shared.cmd_opts, "lora_dir", "models/Lora")
     output = root / "outputs" / "ui"
     command = f'"{program}" ui --model "{model}" --output "{output}"'
+    # PowerShell takes a command that begins with a quotation mark for a text
+    terminal = "the Command Prompt (not PowerShell)" if sys.platform == "win32" else "a terminal"
     install, command, deltas, loras = (
         f"<code>{html.escape(str(text))}</code>"
         for text in (f'python "{root / "install.py"}" demo', command, output / "deltas", loras)
     )
     return (
         "<p>Inside the WebUI, Concept Ablation works in Forge only, so here it runs as a program of its own, for "
-        f"Stable Diffusion 1.x checkpoints: in a terminal, run {install} once, then {command}.</p>"
+        f"Stable Diffusion 1.x checkpoints: in {terminal}, run {install} once, then {command}.</p>"
         f"<p>Copy the file that it saves in {deltas} into {loras} and put &lt;lora:its-name:1&gt; into a prompt: the "
         "WebUI's own Lora extension loads it.</p>"
     )

@@ -20,7 +20,7 @@ from ..core.progress import Progress
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 KEPT_JOBS = 24
-"""Finished jobs that are kept for their pages; older ones are forgotten (what they saved stays)."""
+"""Finished jobs of one session that are kept for its page; older ones are forgotten (what they saved stays)."""
 MAX_WAITING = 16
 """Jobs that one session may have waiting."""
 
@@ -143,7 +143,7 @@ class Runner:
         with self._lock:
             if sum(other.session == job.session for other in self._waiting) >= MAX_WAITING:
                 raise AblationError(f"{MAX_WAITING} jobs are waiting already: let some of them end first.")
-            self._forget_old()
+            self._forget_old(job.session)
             self._waiting.append(job)
             self._jobs.append(job)
             if not self._working:
@@ -182,7 +182,7 @@ class Runner:
                 job.state = "running"
             job.run()
 
-    def _forget_old(self) -> None:
-        ended = [job for job in self._jobs if not job.active]
+    def _forget_old(self, session: str) -> None:
+        ended = [job for job in self._jobs if job.session == session and not job.active]
         for job in ended[: max(0, len(ended) - KEPT_JOBS + 1)]:
             self._jobs.remove(job)

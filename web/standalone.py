@@ -101,8 +101,10 @@ class StandaloneHost(Host):
 
     def apply(self, path: Path, strength: float) -> None:
         delta = delta_file.load(path)
-        if self._loaded is not None:
-            check_fits(delta, self._loaded[1])
+        # for another model than the loaded one `draw` checks, when that is there
+        loaded, made_for = self._loaded, delta.metadata.get("concept_ablation.base_model", "")
+        if loaded is not None and made_for in ("", loaded[1].name):
+            check_fits(delta, loaded[1])
         self._applied[path.name] = (delta, strength)
 
     def remove(self, file: str | None = None) -> None:

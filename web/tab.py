@@ -34,32 +34,36 @@ _SESSION_JS = """() => {
 }"""
 
 
-def build_tab(host: Host, *, heading: bool = False, **blocks_arguments: Any) -> gr.Blocks:
+def build_tab(host: Host, *, heading: bool = False, runner: Runner | None = None, **blocks_arguments: Any) -> gr.Blocks:
     """The Blocks of the tab.
 
     Args:
         host: the program around it.
         heading: whether the page says its name, which a tab of a WebUI need not.
+        runner: the queue of jobs, where that outlives the page; None makes one.
         blocks_arguments: further arguments of `gr.Blocks`.
     """
-    runner = Runner()
+    runner = runner or Runner()
     with gr.Blocks(title=TITLE, analytics_enabled=False, **blocks_arguments) as blocks:
         gr.HTML(views.style(), elem_classes="ca-style")
         if heading:
             gr.HTML(_INTRO, elem_classes="ca-heading")
         session, key = gr.State(""), gr.Textbox(visible=False)
         with gr.Tabs(elem_classes="ca-page"):
-            with gr.Tab("Ablate"):
+            with gr.Tab("Ablate") as ablate_tab:
                 ablate = AblatePage(host, runner, session)
             with gr.Tab("Saved deltas") as saved_tab:
                 saved = SavedPage(host)
             if host.draws:
                 with gr.Tab("Try it") as draw_tab:
                     draw = DrawPage(host, runner, session, ablate.model)
-                draw_tab.select(draw.refresh, None, draw.shown, show_progress="hidden", **private())
+                draw_tab.select(draw.refresh, session, draw.shown, show_progress="hidden", **private())
         ablate.connect()
         saved.connect()
         saved_tab.select(saved.refresh, saved.choice, saved.listing, show_progress="hidden", **private())
+        ablate_tab.select(
+            lambda: views.applied(host.applied()), None, ablate.applied, show_progress="hidden", **private()
+        )
         quiet = {"show_progress": "hidden", **private(), **in_turn()}
         begun = blocks.load(_session, [key, session], session, js=_SESSION_JS, **quiet)
         begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, **quiet)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..core.evaluation import ConceptResult, Evaluation
 from ..core.progress import Progress
-from .ablating import STAGES, Pictures
+from .ablating import SEARCH, STAGES, Pictures
 from .host import Applied
 from .jobs import Job
 from .library import Saved
@@ -51,6 +51,7 @@ _STAGE_WORDS = dict(
         strict=True,
     )
 )
+_STAGE_WORDS[SEARCH] = "Try the paraphrases"
 
 
 def style() -> str:
@@ -92,10 +93,10 @@ def status(job: Job, place: int) -> str:
         return _card(job, "running", _headline(job), _stages(job) + _preview(job))
     if job.state == "done":
         return _card(job, "done", f"Done in {duration(job.finished - job.started)}.")
+    kept = f" The delta was trained already and is kept as {job.saved}." if job.saved else ""
     if job.state == "cancelled":
-        kept = f" The delta was trained already and is kept as {job.saved}." if job.saved else ""
         return _card(job, "cancelled", f"Cancelled.{kept}")
-    return _card(job, "failed", job.message)
+    return _card(job, "failed", f"{job.message}{kept}")
 
 
 def queue(jobs: Sequence[Job], places: Mapping[int, int]) -> str:

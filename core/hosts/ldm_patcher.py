@@ -88,14 +88,18 @@ class PatcherCodec(LatentCodec):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        latents = self._require().encode(images.permute(0, 2, 3, 1))
-        self._reload()
+        try:
+            latents = self._require().encode(images.permute(0, 2, 3, 1))
+        finally:
+            self._reload()
         return self._scaling.process_in(latents.float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        images = self._require().decode(self._scaling.process_out(latents))
-        self._reload()
+        try:
+            images = self._require().decode(self._scaling.process_out(latents))
+        finally:
+            self._reload()
         return images.float().permute(0, 3, 1, 2).clamp(0, 1)
 
     def _require(self) -> Any:

@@ -15,10 +15,10 @@ from concept_ablation.core.errors import AblationError
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.progress import Progress
 from concept_ablation.tests.web.tiny import HOSTILE, TINY, TinyHost
-from concept_ablation.web import library, views
+from concept_ablation.web import ablating, library, views
 from concept_ablation.web.ablating import Pictures, ablation, drawing
 from concept_ablation.web.form import check
-from concept_ablation.web.jobs import MAX_WAITING, OUT_OF_MEMORY, Job, Runner
+from concept_ablation.web.jobs import KEPT_JOBS, MAX_WAITING, OUT_OF_MEMORY, Job, Runner
 from concept_ablation.web.standalone import EMBEDDED, StandaloneHost
 
 SECONDS = 60
@@ -135,6 +135,14 @@ def test_one_session_cannot_fill_the_queue():
     go.set()
 
 
+def test_the_jobs_of_one_session_do_not_push_those_of_another_out():
+    runner = Runner()
+    mine = ended(runner, lambda job: 1, "mine")
+    for _ in range(KEPT_JOBS + 2):
+        ended(runner, lambda job: 2, "another")
+    assert runner.of("mine") == [mine] and len(runner.of("another")) == KEPT_JOBS
+
+
 def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny):
     before = tiny.fingerprint()
     request, _ = check(TINY)
@@ -149,6 +157,35 @@ def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny)
     assert [row.name for row in result.evaluation.concepts] == ["tropical fish", "fish", "cat"]
     assert tiny.fingerprint() == before and not any(layer._forward_hooks for layer in tiny.layers.values())
     assert job.preview is None, "pictures of a job that has ended are let go"
+
+
+def test_what_fails_after_the_training_says_that_the_delta_is_kept(host, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ablating, "evaluate", fail)
+    request, _ = check(TINY)
+    job = ended(Runner(), ablation(host, request))
+    assert (job.state, job.message) == ("failed", OUT_OF_MEMORY)
+    assert job.saved and f"is kept as {job.saved}" in views.status(job, 0)
+
+
+def test_a_preview_that_fails_ends_nothing(host, tiny, monkeypatch, caplog):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ablating, "_decode", fail)
+    request, _ = check(TINY)
+    assert ended(Runner(), ablation(host, request)).state == "done"
+    assert caplog.text.count("no previews of this job") == 1
+
+
+def test_the_page_keeps_small_pictures():
+    large = np.zeros((2, 3, 1024, 512, 3), dtype=np.uint8)
+    large[..., 0] = 200
+    small = ablating._shrunk(large)
+    assert small.shape == (2, 3, 256, 128, 3) and (small == [200, 0, 0]).all()
+    assert ablating._shrunk(small) is small
 
 
 @pytest.mark.parametrize("preset", ["instant", "fast"])

@@ -82,6 +82,9 @@ def _autoencoder(run: Run) -> None:
     if (run.out / "autoencoder" / START).is_file():
         print("autoencoder: kept, because the denoiser that the run started from knows its latents", flush=True)
         return
+    if any((run.out / "latents").glob("round-*.safetensors")):
+        print("autoencoder: kept, because there are latents of it (delete latents/ to train it further)", flush=True)
+        return
     train_autoencoder(run.pictures(), run.settings, run.out / "autoencoder", run.budget("autoencoder"))
 
 

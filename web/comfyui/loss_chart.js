@@ -23,6 +23,12 @@ const curves = new Map();
 /** @type {WeakMap<object, View>} */
 const views = new WeakMap();
 let warned = false;
+/**
+ * Id of the workflow that runs, where its events say it: node 5 of another one that is open must not show its curve.
+ * Errors and interruptions do not say it.
+ * @type {string | undefined}
+ */
+let running;
 
 try {
   const [{ app }, { api }] = await Promise.all([import("../../scripts/app.js"), import("../../scripts/api.js")]);
@@ -34,7 +40,10 @@ try {
   });
   api.addEventListener(
     PROGRESS,
-    guarded(({ detail }) => update(app, detail.node, (curve) => advance(curve, detail))),
+    guarded(({ detail }) => {
+      running = detail.workflow;
+      update(app, detail.node, (curve) => advance(curve, detail));
+    }),
   );
   for (const type of ENDED) {
     api.addEventListener(
@@ -70,7 +79,9 @@ function addChart(node) {
  * @param {(curve: Curve) => Curve} change
  */
 function update(app, id, change) {
-  const node = findNode(app.rootGraph ?? app.graph, String(id).split(":"));
+  const graph = app.rootGraph ?? app.graph;
+  if (running && graph?.id && running !== graph.id) return;
+  const node = findNode(graph, String(id).split(":"));
   if (node?.comfyClass !== NODE) return;
   const key = keyOf(node);
   curves.set(key, change(curves.get(key) ?? newCurve()));
