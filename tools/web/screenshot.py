@@ -36,7 +36,7 @@ def take(path: Path, chromium: str) -> None:
         for label, text in (FORM | MEASURED).items():
             page.get_by_label(label, exact=True).first.fill(text)
         page.get_by_text("Advanced", exact=True).click()
-        page.locator("button:visible", has_text="Ablate").last.click()
+        page.get_by_role("button", name="Ablate", exact=True).click()
         page.locator(".ca-card.ca-done").wait_for(timeout=MINUTES * 60_000)
         page.locator(".ca-pairs img").last.wait_for()
         page.mouse.move(0, 0)
