@@ -1,7 +1,7 @@
 """The command line: `concept-ablation ablate | evaluate | leaks | attack | sample | merge | export | compress | ...`.
 
-Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 1 a task of a
-sweep failed, 2 bad input, 130 interrupted.
+Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 1 a task of a sweep failed,
+2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations

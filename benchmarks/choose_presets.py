@@ -167,26 +167,26 @@ def fast(
     made = recipe("fast", denoiser, task.concept.kind)
     if made.training is None or made.harvest is None:
         raise ValueError("the preset does not train on harvested rows")
-    drawn = replace(
-        made.harvest,
-        trajectories=candidate.trajectories,
-        preserve=candidate.trajectories,
-        keep=candidate.keep(),
-        sample=replace(made.harvest.sample, steps=candidate.sampling_steps, guidance=candidate.guidance),
-    )
-    training = replace(
-        made.training,
-        steps=candidate.steps or made.training.steps,
-        learning_rate=candidate.learning_rate * denoiser.learning_rate_scale,
-        batch=candidate.batch,
-        preserve_batch=candidate.batch,
-        preserve_weight=candidate.preserve_weight,
-    )
     start = closed_form or made.closed_form
-    if candidate.steps:
-        made = replace(made, harvest=drawn, training=training, closed_form=start if candidate.warm else None)
-    else:
+    if not candidate.steps:
         made = replace(made, harvest=None, training=None, closed_form=start)
+    else:
+        drawn = replace(
+            made.harvest,
+            trajectories=candidate.trajectories,
+            preserve=candidate.trajectories,
+            keep=candidate.keep(),
+            sample=replace(made.harvest.sample, steps=candidate.sampling_steps, guidance=candidate.guidance),
+        )
+        training = replace(
+            made.training,
+            steps=candidate.steps,
+            learning_rate=candidate.learning_rate * denoiser.learning_rate_scale,
+            batch=candidate.batch,
+            preserve_batch=candidate.batch,
+            preserve_weight=candidate.preserve_weight,
+        )
+        made = replace(made, harvest=drawn, training=training, closed_form=start if candidate.warm else None)
     return ablate(denoiser, [Ablated(task.concept, task.surrounding)], made, on_progress=meter).delta
 
 

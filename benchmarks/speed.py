@@ -73,7 +73,8 @@ def measure_tasks(bench: Bench, tasks: Sequence[Task], repeats: Mapping[str, int
         print(f"{task.name:16s} {preset:9s} repeat {repeat}: {made['seconds']:.1f} s", flush=True)
     rows = [_task_row(bench, task, repeats) for task in tasks]
     # the loop is measured on rows of its own, so it need not be of a preset that was compared
-    loop_preset = next((name for name in ("fast", *repeats) if name in repeats and name != "instant"), "fast")
+    trained = [name for name in repeats if name != "instant"]
+    loop_preset = trained[0] if trained and "fast" not in trained else "fast"
     floors = [bench.overhead(tasks[0], loop_preset, repeat) for repeat in range(max(repeats.values()))]
     part: dict[str, Any] = {
         "repeats": dict(repeats),

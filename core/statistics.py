@@ -90,15 +90,20 @@ def share_interval(
     """The share of `hits` that are true; arguments as for `mean_interval`.
 
     Where none or all are true, resampling finds nothing else, and claiming certainty would be wrong. The interval then
-    reaches to the rate that leaves all N alike with 5 % probability (the exact form of the rule of three), for the
-    prompts that were drawn: N counts images, since the seeds of one prompt are independent.
+    reaches as far as `unseen_share`, for the prompts that were drawn: N counts images, since the seeds of one prompt
+    are independent.
     """
     share = np.asarray(hits, dtype=bool)
     if share.any() and not share.all():
         return mean_interval(share, groups, resamples=resamples, seed=seed)
     value = _clusters(share, groups).mean
-    margin = 1 - (1 - CONFIDENCE) ** (1 / len(share))
+    margin = unseen_share(len(share))
     return Estimate(value, max(0.0, value - margin), min(1.0, value + margin))
+
+
+def unseen_share(images: int) -> float:
+    """The rate that leaves all of N images alike with 5 % probability (the exact form of the rule of three)."""
+    return 1 - (1 - CONFIDENCE) ** (1 / images)
 
 
 def difference_interval(

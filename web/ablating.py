@@ -55,7 +55,7 @@ LARGEST_ON_CPU = 32 * 32
 PREVIEWED = 4
 """Pictures of a preview."""
 SHOWN = 256
-"""Longest edge of the pictures that are kept for the page; the report on the disk has larger ones."""
+"""Longest edge of the pictures that the page keeps and shows; the report on the disk has larger ones."""
 _log = logging.getLogger(__name__)
 
 
@@ -134,16 +134,13 @@ def _as_shown(found: Evaluation) -> Evaluation:
 
 def _shrunk(images: np.ndarray) -> np.ndarray:
     """uint8 [prompts, seeds, height, width, 3] with a longest edge of `SHOWN`; smaller ones as they are."""
-    height, width = images.shape[2:4]
-    scale = SHOWN / max(height, width)
-    if scale >= 1:
+    if max(images.shape[2:4]) <= SHOWN:
         return images
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = [
-        np.asarray(Image.fromarray(one).resize(size, Image.Resampling.LANCZOS))
-        for one in images.reshape(-1, *images.shape[2:])
-    ]
-    return np.stack(small).reshape(*images.shape[:2], size[1], size[0], 3)
+    pictures = [Image.fromarray(one) for one in images.reshape(-1, *images.shape[2:])]
+    for picture in pictures:
+        picture.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
+    small = np.stack([np.asarray(picture) for picture in pictures])
+    return small.reshape(*images.shape[:2], *small.shape[1:])
 
 
 def stages_of(made_by: Recipe) -> tuple[str, ...]:

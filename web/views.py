@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..core.evaluation import ConceptResult, Evaluation
 from ..core.progress import Progress
-from .ablating import SEARCH, STAGES, Pictures
+from .ablating import SEARCH, SHOWN, STAGES, Pictures
 from .host import Applied
 from .jobs import Job
 from .library import Saved
@@ -28,7 +28,6 @@ STYLE = Path(__file__).with_name("style.css")
 MAX_PAIRS = {"target": 6, "anchor": 3, "surrounding": 3, "misspelled": 3, "composed": 3}
 """At most so many pairs of a concept are on the page; the report has more."""
 CHART_POINTS = 240
-_THUMBNAIL = 256
 _ROLES = {
     "target": "removed",
     "anchor": "drawn instead",
@@ -319,7 +318,7 @@ def _concept_pairs(result: ConceptResult) -> str:
 
 def _image(image: np.ndarray, alt: str) -> str:
     picture = Image.fromarray(image)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.thumbnail((SHOWN, SHOWN), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -231,15 +231,16 @@ def _little(id_: str, text: str, first: Sequence[Measured], second: Sequence[Mea
     around, _ = difference(*(pool(found, ACCURACY, judge, SURROUNDING) for found in (first, second)))
     if target is None or around is None:
         return not_measured(id_, text, "One of the two was not measured.", judge)
-    ends = target.high, -around.low
-    verdict, reason = _within(math.nan if any(map(math.isnan, ends)) else max(ends))
+    verdict, reason = _within(target.high, -around.low)
     numbers = {"target": as_json(target), "surrounding": as_json(around)}
     return Claim(id_, text, verdict, reason, as_json(target, over.images), numbers, over.tasks, judge)
 
 
-def _within(worst: float) -> tuple[Verdict, str]:
-    if math.isnan(worst):
+def _within(*ends: float) -> tuple[Verdict, str]:
+    """Whether the bad ends of some intervals are all less than the margin."""
+    if any(map(math.isnan, ends)):
         return "does not hold", "There are too few prompts for an interval."
+    worst = max(ends)
     if worst < MARGIN:
         return "holds", f"The bad end of the interval is {worst:.3f}, less than the margin of {MARGIN:.2f}."
     return "does not hold", f"The bad end of the interval is {worst:.3f}, not less than the margin of {MARGIN:.2f}."

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from ..statistics import (
-    CONFIDENCE,
     RESAMPLES,
     Estimate,
     difference_interval,
     mean_interval,
     ratio_interval,
     share_interval,
+    unseen_share,
 )
 from .measures import Observation
 
@@ -138,7 +138,7 @@ def difference(first: Pool, second: Pool) -> tuple[Estimate | None, Pool]:
     estimate = change(paired)
     if estimate is not None and estimate.low == estimate.high:
         # all alike: resampling finds nothing else, which is no certainty (as in `share_interval`)
-        margin = 1 - (1 - CONFIDENCE) ** (1 / paired.images)
+        margin = unseen_share(paired.images)
         estimate = Estimate(estimate.value, max(-1.0, estimate.low - margin), min(1.0, estimate.high + margin))
     return estimate, Pool({key: other for key, (_, other) in common.items()})
 

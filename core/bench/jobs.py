@@ -91,13 +91,12 @@ def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) ->
     if edit.method.ranked:
         # its captions, and so the folder of its dataset, are not known before they are ranked
         total += once(f"dataset of {edit_folder(bench, edit)}", every, present)
+        total += once("captions " + job.task.name, sum(ranking_rows(bench, task) for task in edit.tasks), present)
     elif made.dataset is not None:
         drawn = made.dataset.batch * len(list(folder.glob("shard-*.safetensors")))
         total += once(str(folder), max(0, every - sampling_rows(drawn, made.dataset.sample)), present)
     else:
         total += once(str(folder), every, present or (folder / "manifest.json").is_file())
-    if edit.method.ranked:
-        total += once("captions " + job.task.name, sum(ranking_rows(bench, task) for task in edit.tasks), present)
     return total
 
 
