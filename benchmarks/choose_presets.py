@@ -1,17 +1,17 @@
-"""How the `fast` preset is chosen: a small search on targets, prompts and seeds that no reported figure uses.
+"""How the presets `fast` and `balanced` are chosen: a small search on what no reported figure uses.
 
 The targets are those of development_tasks.toml; the prompts are the last ten training templates of each sort, taken
-out of training here (core/prompts.py `development`); the seeds are others too; the judge is the embedded one. Each
-candidate changes one thing of `BASE`: the training steps, the learning rate, how many trajectories are harvested, how
-many steps each has and which of them are kept (the range of noise levels).
+out of training here (core/prompts.py `development`); the seeds are others too; the judge is the embedded one. The first
+candidate is the preset as it was, every other one changes one thing of it.
 
 The choice is made by a rule that was written down before anything was measured (`chosen`): of all candidates whose mean
 score over the tasks is at most `MARGIN` below the best, the one that asks the network least. The score is how far the
-target's CLIP accuracy falls minus how far the surrounding concepts' falls. Writes results/presets.json with every
+target's CLIP accuracy falls minus how far the surrounding concepts' falls. Writes results/preset_PRESET.json with every
 figure. Finished candidates are kept (job_store.py).
 
-    python benchmarks/choose_presets.py
-    python benchmarks/choose_presets.py --tiny     to see that it runs; writes below outputs/ only
+    python benchmarks/choose_presets.py fast
+    python benchmarks/choose_presets.py balanced
+    python benchmarks/choose_presets.py fast --tiny     to see that it runs; writes below outputs/ only
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from measuring import Hits, PhaseMeter, accuracy, hits, only, plain
 
 from concept_ablation.core.ablation import Task as Ablated
 from concept_ablation.core.ablation import ablate
-from concept_ablation.core.closed_form import ClosedFormSettings
+from concept_ablation.core.bench.pace import dataset_rows, training_rows
+from concept_ablation.core.concept import Kind
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Denoiser
 from concept_ablation.core.evaluation import EvaluationSettings, make_jobs
 from concept_ablation.core.files import write_json
 from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.metrics import Judge
-from concept_ablation.core.presets import recipe
+from concept_ablation.core.presets import Recipe, recipe
 from concept_ablation.core.prompts import development
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.tasks import Task, load_tasks
 
-RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
+RESULTS = ROOT / "benchmarks" / "results"
 TASKS = Path(__file__).with_name("development_tasks.toml")
 FIRST_SEED = 1000
 MARGIN = 0.05
@@ -49,80 +50,124 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings of `fast`.
+    """What is changed of a preset's recipe.
 
     Attributes:
-        steps: of training; 0 leaves the closed form as it is.
-        learning_rate: at Stable Diffusion's scale, as in core/presets.py.
-        trajectories: harvested for the target, and as many for what is preserved.
-        sampling_steps: of each trajectory.
-        guidance: of sampling.
-        kept: which share of the sampling steps gives rows, from the noisiest (0) to the last (1).
-        batch: rows of a step that ablate, and as many that preserve.
-        preserve_weight: of the rows that preserve.
-        warm: whether training begins with the closed form.
+        training: factors on fields of `TrainSettings`.
+        drawn: factors on fields of `DatasetSettings` or `HarvestSettings`.
+        sampling_steps: factor on the steps of each image or trajectory.
+        kept: which share of the steps of a trajectory gives rows, from the noisiest (0) to the last (1).
+        warm: whether training begins with the closed form; None as in the preset.
+        trained: False leaves the closed form as it is.
     """
 
-    steps: int = 40
-    learning_rate: float = 2e-5
-    trajectories: int = 16
-    sampling_steps: int = 8
-    guidance: float = 4.0
+    training: Mapping[str, float] = field(default_factory=dict)
+    drawn: Mapping[str, float] = field(default_factory=dict)
+    sampling_steps: float = 1.0
     kept: tuple[float, float] = (0.0, 1.0)
-    batch: int = 16
-    preserve_weight: float = 4.0
-    warm: bool = True
+    warm: bool | None = None
+    trained: bool = True
 
-    def keep(self) -> tuple[int, ...]:
-        """The sampling steps that give rows, at least one."""
-        first, last = (round(share * self.sampling_steps) for share in self.kept)
-        return tuple(range(first, max(last, first + 1)))
+    def recipe(self, preset: str, denoiser: Denoiser, kind: Kind) -> Recipe:
+        """The preset's recipe with these changes."""
+        made = recipe(preset, denoiser, kind)
+        closed_form = made.closed_form or recipe("instant", denoiser, kind).closed_form
+        if not self.trained:
+            return replace(made, dataset=None, harvest=None, training=None, closed_form=closed_form)
+        if self.warm is not None:
+            made = replace(made, closed_form=closed_form if self.warm else None)
+        drawn = made.dataset or made.harvest
+        assert made.training is not None and drawn is not None
+        steps = max(1, round(drawn.sample.steps * self.sampling_steps))
+        drawn = replace(_scaled(drawn, self.drawn), sample=replace(drawn.sample, steps=steps))
+        training = _scaled(made.training, self.training)
+        if made.harvest is None:
+            return replace(made, dataset=drawn, training=training)
+        return replace(made, harvest=replace(drawn, keep=kept_steps(self.kept, steps)), training=training)
 
 
-BASE = Candidate()
-CANDIDATES: dict[str, Candidate] = {
-    "base": BASE,
-    "closed form only": replace(BASE, steps=0),
-    "no warm start": replace(BASE, warm=False),
-    "20 steps": replace(BASE, steps=20),
-    "80 steps": replace(BASE, steps=80),
-    "rate / 2": replace(BASE, learning_rate=1e-5),
-    "rate x 2": replace(BASE, learning_rate=4e-5),
-    "8 trajectories": replace(BASE, trajectories=8),
-    "32 trajectories": replace(BASE, trajectories=32),
-    "4 sampling steps": replace(BASE, sampling_steps=4),
-    "15 sampling steps": replace(BASE, sampling_steps=15),
-    "noisy half": replace(BASE, kept=(0.0, 0.5)),
-    "without the noisiest quarter": replace(BASE, kept=(0.25, 1.0)),
-    "batch 8": replace(BASE, batch=8),
+def kept_steps(kept: tuple[float, float], steps: int) -> tuple[int, ...]:
+    """The sampling steps between two shares of all, at least one."""
+    first, last = (round(share * steps) for share in kept)
+    return tuple(range(first, max(last, first + 1)))
+
+
+def _scaled(settings: Any, factors: Mapping[str, float]) -> Any:
+    """Settings with some of their fields multiplied; whole numbers stay whole, and at least 1."""
+    changed: dict[str, float] = {}
+    for name, factor in factors.items():
+        value = getattr(settings, name)
+        changed[name] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return replace(settings, **changed)
+
+
+_AS_IT_IS = {"as it is": Candidate()}
+_BOTH: dict[str, Candidate] = {
+    "steps / 2": Candidate({"steps": 0.5}),
+    "steps x 2": Candidate({"steps": 2}),
+    "rate / 2": Candidate({"learning_rate": 0.5}),
+    "rate x 2": Candidate({"learning_rate": 2}),
+    "rate x 4": Candidate({"learning_rate": 4}),
+    "preservation / 4": Candidate({"preserve_weight": 0.25}),
+}
+CANDIDATES: dict[str, dict[str, Candidate]] = {
+    "fast": {
+        **_AS_IT_IS,
+        "closed form only": Candidate(trained=False),
+        "no closed form": Candidate(warm=False),
+        **_BOTH,
+        "trajectories / 2": Candidate(drawn={"trajectories": 0.5, "preserve": 0.5}),
+        "trajectories x 2": Candidate(drawn={"trajectories": 2, "preserve": 2}),
+        "sampling steps / 2": Candidate(sampling_steps=0.5),
+        "noisy half": Candidate(kept=(0.0, 0.5)),
+        "without the noisiest quarter": Candidate(kept=(0.25, 1.0)),
+        "batch x 2": Candidate({"batch": 2, "preserve_batch": 2}),
+    },
+    "balanced": {
+        **_AS_IT_IS,
+        "with closed form": Candidate(warm=True),
+        **_BOTH,
+        "images / 2": Candidate(drawn={"images": 0.5, "preserve": 0.5}),
+    },
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn for each candidate, and the closed form's settings."""
+    """How much is drawn for each candidate.
+
+    Attributes:
+        evaluation: prompts and seeds of the accuracies.
+        extra: a change that every candidate has beside its own (small ones for tests).
+    """
 
     evaluation: EvaluationSettings = field(
         default_factory=lambda: EvaluationSettings(10, 4, SampleSettings(steps=12), first_seed=FIRST_SEED)
     )
-    closed_form: ClosedFormSettings | None = None
-    """None for the preset's."""
+    extra: Callable[[Recipe], Recipe] | None = None
 
 
-TINY = Sizes(
-    EvaluationSettings(2, 1, SampleSettings(steps=2), first_seed=FIRST_SEED),
-    ClosedFormSettings(prompts=2, preserve_prompts=2),
-)
-TINY_CANDIDATES = {
-    "base": Candidate(steps=2, trajectories=2, sampling_steps=2, batch=4),
-    "closed form only": Candidate(steps=0, trajectories=2, sampling_steps=2, batch=4),
-}
+def _tiny(made: Recipe) -> Recipe:
+    """A recipe of a few rows."""
+    if made.training is None:
+        return made
+    name = "harvest" if made.harvest is not None else "dataset"
+    small = {"trajectories" if made.harvest else "images": 2, "preserve": 2, "sample": SampleSettings(steps=2)}
+    if made.harvest is not None:
+        small["keep"] = ()
+    drawn = replace(getattr(made, name), **small)
+    training = replace(made.training, steps=2, batch=4, preserve_batch=4)
+    return replace(made, training=training, **{name: drawn})
+
+
+TINY = Sizes(EvaluationSettings(2, 1, SampleSettings(steps=2), first_seed=FIRST_SEED), _tiny)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What every job needs: a fresh model, the judge, sizes, finished jobs and what all results depend on."""
+    """What every job needs: preset, fresh model, judge, sizes, finished jobs and what all results depend on."""
 
+    preset: str
     load: Callable[[], Denoiser]
     judge: Judge
     sizes: Sizes
@@ -135,8 +180,11 @@ class Bench:
 
     def try_out(self, task: Task, candidate: Candidate) -> dict[str, Any]:
         """Make a delta with a candidate and measure it."""
-        inputs = {**self._inputs(task), "candidate": json.loads(json.dumps(asdict(candidate)))}
-        return self.store.run(f"candidate-{task.name}", inputs, lambda: self._try_out(task, candidate))
+        denoiser = self.model()
+        made = candidate.recipe(self.preset, denoiser, task.concept.kind)
+        made = self.sizes.extra(made) if self.sizes.extra else made
+        inputs = {**self._inputs(task), "recipe": json.loads(json.dumps(asdict(made)))}
+        return self.store.run(f"{self.preset}-{task.name}", inputs, lambda: self._try_out(task, denoiser, made))
 
     def model(self) -> Denoiser:
         """The pretrained model with development prompts in the place of its evaluation prompts."""
@@ -144,12 +192,20 @@ class Bench:
         denoiser.prompt_source = development(denoiser.prompt_source)
         return denoiser
 
-    def _try_out(self, task: Task, candidate: Candidate) -> dict[str, Any]:
-        denoiser = self.model()
+    def _try_out(self, task: Task, denoiser: Denoiser, made: Recipe) -> dict[str, Any]:
+        # images that several candidates train on are drawn once
+        drawn = json.loads(json.dumps([asdict(made.dataset), self._inputs(task)])) if made.dataset else None
+        folder = self.store.path(f"dataset-{task.name}", {"drawn": drawn}, "") if drawn else None
         with PhaseMeter(denoiser) as meter:
-            delta = fast(denoiser, task, candidate, self.sizes.closed_form, meter)
-        found = self._hits(task, denoiser, delta)
-        return {"seconds": meter.seconds, "phases": meter.summary(), "hits": found}
+            tasks = [Ablated(task.concept, task.surrounding)]
+            delta = ablate(denoiser, tasks, made, directory=folder, on_progress=meter).delta
+        return {
+            "seconds": meter.seconds,
+            "phases": meter.summary(),
+            "rows": dataset_rows(made, 1) + training_rows(made),
+            "recipe": json.loads(json.dumps(asdict(made))),
+            "hits": self._hits(task, denoiser, delta),
+        }
 
     def _hits(self, task: Task, denoiser: Denoiser, delta: Delta | None) -> dict[str, list[list[int]]]:
         jobs = make_jobs(denoiser, [task.concept], [task.surrounding], self.sizes.evaluation)
@@ -157,52 +213,19 @@ class Bench:
 
     def _inputs(self, task: Task) -> dict[str, Any]:
         described = [task.concept.kind, task.concept.target, task.concept.anchor, *task.surrounding]
-        return {**self.key, "task": described, "sizes": json.loads(json.dumps(asdict(self.sizes)))}
-
-
-def fast(
-    denoiser: Denoiser, task: Task, candidate: Candidate, closed_form: ClosedFormSettings | None, meter: PhaseMeter
-) -> Delta:
-    """The delta of a task by the preset with a candidate's settings; None leaves the closed form's as they are."""
-    made = recipe("fast", denoiser, task.concept.kind)
-    if made.training is None or made.harvest is None:
-        raise ValueError("the preset does not train on harvested rows")
-    start = closed_form or made.closed_form
-    if not candidate.steps:
-        made = replace(made, harvest=None, training=None, closed_form=start)
-    else:
-        drawn = replace(
-            made.harvest,
-            trajectories=candidate.trajectories,
-            preserve=candidate.trajectories,
-            keep=candidate.keep(),
-            sample=replace(made.harvest.sample, steps=candidate.sampling_steps, guidance=candidate.guidance),
-        )
-        training = replace(
-            made.training,
-            steps=candidate.steps,
-            learning_rate=candidate.learning_rate * denoiser.learning_rate_scale,
-            batch=candidate.batch,
-            preserve_batch=candidate.batch,
-            preserve_weight=candidate.preserve_weight,
-        )
-        made = replace(made, harvest=drawn, training=training, closed_form=start if candidate.warm else None)
-    return ablate(denoiser, [Ablated(task.concept, task.surrounding)], made, on_progress=meter).delta
+        return {**self.key, "task": described, "evaluation": json.loads(json.dumps(asdict(self.sizes.evaluation)))}
 
 
 def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) -> dict[str, Any]:
     """One candidate on all tasks: its cost, its accuracies and its score."""
     found = [(task, bench.before(task), bench.try_out(task, candidate)) for task in tasks]
-    phases = [phase for _, _, tried in found for phase in tried["phases"].values()]
     return {
         "candidate": name,
-        "settings": asdict(candidate),
         "score": sum(score(before, tried["hits"], task) for task, before, tried in found) / len(found),
-        # a backward pass costs about as much as two forward passes
-        "passes": sum(phase["forward"] + 3 * phase["trained"] for phase in phases) / len(found),
-        "seconds": sum(tried["seconds"] for _, _, tried in found) / len(found),
+        "rows": sum(tried["rows"] for _, _, tried in found) / len(found),
         "tasks": {
             task.name: {
+                "recipe": tried["recipe"],
                 "seconds": tried["seconds"],
                 "phases": tried["phases"],
                 "target": [plain(accuracy(only(one, [task.concept.target]))) for one in (before, tried["hits"])],
@@ -226,37 +249,53 @@ def chosen(rows: Sequence[Mapping[str, Any]], margin: float = MARGIN) -> str:
     """The candidate that asks the network least, of those whose score is at most `margin` below the best."""
     best = max(found["score"] for found in rows)
     enough = [found for found in rows if found["score"] >= best - margin]
-    return min(enough, key=lambda found: found["passes"])["candidate"]
+    return min(enough, key=lambda found: found["rows"])["candidate"]
+
+
+def line(found: Mapping[str, Any]) -> str:
+    """A row for people: score, network rows, and target and surrounding accuracy of each task after the edit."""
+    tasks = [
+        f"{name} {task['target'][0]['value']:.2f} -> {task['target'][1]['value']:.2f}"
+        f" ({task['surrounding'][0]['value']:.2f} -> {task['surrounding'][1]['value']:.2f})"
+        for name, task in found["tasks"].items()
+    ]
+    return f"{found['candidate']:28s} {found['score']:+.2f} {found['rows']:7.0f} rows  {', '.join(tasks)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=CANDIDATES)
+    parser.add_argument("--tasks", nargs="+", help="names of tasks, to try something: no choice is made or written")
+    parser.add_argument("--candidates", nargs="+", help="names of candidates, likewise")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes and one task, for a test; below outputs/")
     options = parser.parse_args()
     folder = FOLDER / "tiny" if options.tiny else FOLDER
-    results = folder / "presets.json" if options.tiny else RESULTS
-    candidates = TINY_CANDIDATES if options.tiny else CANDIDATES
     tasks = load_tasks(TASKS).tasks[: 1 if options.tiny else None]
+    tasks = [task for task in tasks if task.name in (options.tasks or [task.name])]
+    candidates = CANDIDATES[options.preset]
+    candidates = {name: candidates[name] for name in options.candidates or candidates}
     machine = environment()
     key = {"environment": machine, "model": load_denoiser().fingerprint()}
     sizes = TINY if options.tiny else Sizes()
-    bench = Bench(load_denoiser, Judge.load(), sizes, JobStore(folder / "choose_presets"), key)
+    bench = Bench(options.preset, load_denoiser, Judge.load(), sizes, JobStore(folder / "choose_presets"), key)
     rows: list[dict[str, Any]] = []
     for name, candidate in candidates.items():
         rows.append(row(bench, tasks, name, candidate))
-        found = rows[-1]
-        print(f"{name:30s} score {found['score']:+.2f}  {found['passes']:6.0f} passes  {found['seconds']:5.1f} s")
-        write_json(
-            results,
-            {
-                "environment": machine,
-                "sizes": json.loads(json.dumps(asdict(sizes))),
-                "margin": MARGIN,
-                "chosen": chosen(rows) if len(rows) == len(candidates) else None,
-                "tasks": [task.name for task in tasks],
-                "rows": rows,
-            },
-        )
+        print(line(rows[-1]), flush=True)
+    if options.tasks or options.candidates:
+        return
+    write_json(
+        (folder if options.tiny else RESULTS) / f"preset_{options.preset}.json",
+        {
+            "preset": options.preset,
+            "environment": machine,
+            "evaluation": json.loads(json.dumps(asdict(sizes.evaluation))),
+            "margin": MARGIN,
+            "chosen": chosen(rows),
+            "tasks": [task.name for task in tasks],
+            "rows": rows,
+        },
+    )
     print(f"chosen: {chosen(rows)}")
 
 

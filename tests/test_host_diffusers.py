@@ -89,6 +89,17 @@ def test_a_folder_in_half_precision_is_computed_in_the_chosen_one(folder, tiny):
     torch.testing.assert_close(coarse, sample_latents(loaded, *DRAW), rtol=0.1, atol=0.5)
 
 
+def test_normalizations_under_bf16_are_computed_in_fp32(folder):
+    plain, fast = (load_denoiser(str(folder), device="cpu", precision=name).network for name in ("fp32", "bf16"))
+    x = torch.randn(2, plain.conv_norm_out.num_channels, 8, 8).to(torch.bfloat16)
+    expected = plain.conv_norm_out(x.float())
+    with torch.no_grad():
+        found = fast.conv_norm_out(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.to(torch.bfloat16), rtol=0, atol=0)
+    assert [*fast.state_dict()] == [*plain.state_dict()]
+
+
 def test_a_single_file_draws_what_the_folder_draws(emoji, tmp_path):
     path = tmp_path / "emoji.safetensors"
     write_single_file(path, emoji.network, emoji.text_network, emoji.vae._vae)

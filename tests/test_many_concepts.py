@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from concept_ablation.core import closed_form, delta_file
-from concept_ablation.core.closed_form import ClosedFormSettings
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.evaluation import EvaluationSettings
+from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.tasks import Task
@@ -108,8 +107,8 @@ def test_all_methods_make_one_delta_and_merging_adds_up(modules, bench, monkeypa
     assert list(modules.many_concepts.measure(bench, CATEGORIES, [2], ["closed form"])) == rows[:1]
 
 
-def found(candidate: str, score: float, passes: float) -> dict:
-    return {"candidate": candidate, "score": score, "passes": passes}
+def found(candidate: str, score: float, rows: float) -> dict:
+    return {"candidate": candidate, "score": score, "rows": rows}
 
 
 def test_the_cheapest_candidate_within_the_margin_is_chosen(modules):
@@ -130,31 +129,48 @@ def test_the_score_is_the_targets_fall_minus_the_neighbours(modules):
     [(8, (0.0, 1.0), range(8)), (8, (0.0, 0.5), range(4)), (8, (0.25, 1.0), range(2, 8)), (2, (0.5, 0.5), [1])],
 )
 def test_the_range_of_noise_levels_is_a_range_of_sampling_steps(modules, steps, kept, keep):
-    assert modules.choose_presets.Candidate(sampling_steps=steps, kept=kept).keep() == tuple(keep)
+    assert modules.choose_presets.kept_steps(kept, steps) == tuple(keep)
+
+
+def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
+    choose, model = modules.choose_presets, make_model()
+    for preset, candidates in choose.CANDIDATES.items():
+        plain = recipe(preset, model)
+        assert candidates["as it is"].recipe(preset, model, "instance").training == plain.training
+        halved = candidates["steps / 2"].recipe(preset, model, "instance")
+        assert halved == replace(plain, training=halved.training, harvest=halved.harvest)
+        assert halved.training == replace(plain.training, steps=plain.training.steps // 2)
+    fast = choose.CANDIDATES["fast"]
+    harvest = fast["noisy half"].recipe("fast", model, "instance").harvest
+    assert harvest.keep == tuple(range(harvest.sample.steps // 2))
+    assert fast["no closed form"].recipe("fast", model, "instance").closed_form is None
+    closed = fast["closed form only"].recipe("fast", model, "instance")
+    assert closed.training is None and closed.closed_form == recipe("fast", model).closed_form
+    warm = choose.CANDIDATES["balanced"]["with closed form"].recipe("balanced", model, "instance")
+    assert warm.closed_form == recipe("instant", model).closed_form
 
 
 def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_model, tmp_path, monkeypatch):
     choose = modules.choose_presets
-    sizes = choose.Sizes(
-        EvaluationSettings(2, 1, SampleSettings(steps=1), first_seed=choose.FIRST_SEED),
-        ClosedFormSettings(prompts=2, preserve_prompts=2),
-    )
     store = modules.job_store.JobStore(tmp_path)
     asked, model = [], make_model()
     encode = type(model)._encode
     monkeypatch.setattr(type(model), "_encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
-    bench = choose.Bench(make_model, CoinJudge(), sizes, store, {})
-    candidate = choose.Candidate(steps=2, trajectories=2, sampling_steps=2, batch=2)
-    made = choose.row(bench, [CAT], "base", candidate)
-    harvested = 2 * 2 * 2 * 2  # target and preserved, 2 trajectories each, of 2 guided steps
-    assert made["passes"] == harvested + 3 * (2 * 4) and json.dumps(made)
-    closed = choose.row(bench, [CAT], "closed form only", replace(candidate, steps=0))
-    assert closed["passes"] == 0
+    for preset in choose.CANDIDATES:
+        bench = choose.Bench(preset, make_model, CoinJudge(), choose.TINY, store, {})
+        made = choose.row(bench, [CAT], "as it is", choose.Candidate())
+        # target and preserved, 2 trajectories or images each, of 2 guided steps; 2 training steps
+        teacher = 0 if preset == "fast" else 1
+        assert made["rows"] == 2 * 2 * 2 * 2 + (3 + teacher) * (2 * 8) and json.dumps(made)
+        counted = sum(phase["forward"] + 3 * phase["trained"] for phase in made["tasks"][CAT.name]["phases"].values())
+        assert counted == made["rows"]
+        before = len(asked)
+        assert choose.row(bench, [CAT], "as it is", choose.Candidate()) == made and len(asked) == before
     final = {
         prompt
         for name in ("grumpy cat", "cat", "dog")
         for prompt in evaluation_prompts(name, CAT.concept, BUILT_IN, 16)
     }
     assert asked and not final & set(asked)
-    before = len(asked)
-    assert choose.row(bench, [CAT], "base", candidate) == made and len(asked) == before
+    closed = choose.row(bench, [CAT], "closed form only", choose.Candidate(trained=False))
+    assert closed["rows"] == 0 and json.dumps(closed)

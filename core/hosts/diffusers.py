@@ -25,7 +25,7 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..precision import cpu_has_bf16, gradient_scale
+from ..precision import cpu_has_bf16, gradient_scale, speed_up_norms
 from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
 from ..vocabulary import COMMON, Vocabulary
@@ -104,6 +104,8 @@ class DiffusersDenoiser(Denoiser):
         self.device = device
         self.prompt_source = BUILT_IN
         self.network = parts.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        if device.type == "cpu" and autocast is not None:
+            speed_up_norms(self.network)
         self.text_network = parts.text_encoder.to(device).eval().requires_grad_(False)
         self.vae = DiffusersCodec(parts.vae.to(device).eval().requires_grad_(False))
         self.architecture = "sd2" if self.network.config.cross_attention_dim == 1024 else "sd1"

@@ -40,7 +40,7 @@ CATEGORY_SHARE = 0.3
 STYLE_SHARE = 0.75
 """Of the captions with a name: a picture is learnt best from a caption that leaves nothing open."""
 
-CATEGORY_STYLE_SHARE = 0.5
+CATEGORY_STYLE_SHARE = 0.3
 EMPTY_SHARE = 0.1
 TYPO_SHARE = 0.03
 PLAIN_NAMED_SHARE = 0.1

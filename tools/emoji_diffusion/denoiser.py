@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, SD1_SCHEDULE
+from concept_ablation.core.precision import speed_up_norms
 
 SCHEDULE = {**SD1_SCHEDULE, "prediction_type": "epsilon"}
 _MIN_SNR = 5.0
@@ -71,7 +72,7 @@ def build(settings: Settings, latents: Latents) -> TextToLatent:
     """An untrained model for such latents, the same for the same seed."""
     torch.manual_seed(settings.seed)
     channels, size = latents.values.shape[1:3]
-    return speed_up(TextToLatent(settings, size, channels)).to(memory_format=torch.channels_last)
+    return speed_up_norms(speed_up(TextToLatent(settings, size, channels))).to(memory_format=torch.channels_last)
 
 
 def train_denoiser(
