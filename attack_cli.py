@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,10 +72,8 @@ def attack(
     settings = AttackSettings(
         _checkpoints(budget), learning_rate, batch, images, eval_prompts, eval_seeds, sample, seed=seed
     )
-    names = [path.stem for path in delta]
-    if len(set(names)) < len(names):
-        raise AblationError("Two deltas have the same file name: rename one, so that the results can be told apart.")
-    others = {path.stem: delta_file.load(path) for path in delta[1:]}
+    names = _names(delta)
+    others = {name: delta_file.load(path) for name, path in zip(names[1:], delta[1:], strict=True)}
     first, denoiser, referee = load_edited(delta[0], output, model, judge, device, precision, prediction)
     concept = concept_of(first, target, anchor, kind, prompts)
     originals = read_originals([concept.target], concept.kind, original)
@@ -89,6 +88,14 @@ def attack(
     path = write_attack(output, report)
     _show(report)
     console.print(f"Figures and plot: {path.resolve()}")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What to call the edits: their files' names, or their folders', for `ablate` calls every file alike."""
+    for names in ([path.stem for path in paths], [path.resolve().parent.name for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    raise AblationError("Two deltas have the same name, as files and as folders: rename one, to tell them apart.")
 
 
 def _checkpoints(text: str) -> tuple[int, ...]:

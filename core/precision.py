@@ -38,7 +38,8 @@ class _GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` that computes in fp32 and gives the type that it got."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.group_norm(input.float(), self.num_groups, self.weight, self.bias, self.eps).to(input.dtype)
+        weight, bias = (None if part is None else part.float() for part in (self.weight, self.bias))
+        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
 
 
 def speed_up_norms(network: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from concept_ablation import cli, evidence_cli
+from concept_ablation.attack_cli import _names
 from concept_ablation.core import delta_file
 from concept_ablation.core.attack import PRETRAINED, AttackCurve, AttackReport, Checkpoint
 from concept_ablation.core.attack_report import write_attack
@@ -84,7 +85,7 @@ def test_leaks_and_attack_refuse(run, painter):  # noqa: F811
         (["leaks", "--target", "owl"], "--anchor"),
         (["attack", "--budget", "ten"], "whole numbers"),
         (["attack", "--budget", "5,5"], "rising"),
-        (["attack", "--delta", painter], "same file name"),
+        (["attack", "--delta", painter], "same name, as files and as folders"),
         (["attack", "--budget", "0,1", "--steps", "2"], "token embedding"),
     ):
         code, _, err = run(*arguments, "--delta", painter, "--output", "out")
@@ -168,6 +169,11 @@ def test_a_search_is_for_a_memorized_image_without_an_anchor(tmp_path):
         AnchorSearch.asked_for(["a"], ["b"], None, originals, tmp_path / "f.txt", None, None)
     with pytest.raises(AblationError, match="one target"):
         read_originals(["a", "b"], "memorized", tmp_path / "red.png")
+
+
+def test_edits_under_attack_are_called_like_their_files_or_else_their_folders(tmp_path):
+    assert _names([tmp_path / "a" / "one.safetensors", tmp_path / "a" / "two.safetensors"]) == ["one", "two"]
+    assert _names([tmp_path / name / "delta.safetensors" for name in "ab"]) == ["a", "b"]
 
 
 def test_an_attack_is_written_whole(tmp_path):

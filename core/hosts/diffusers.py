@@ -104,7 +104,8 @@ class DiffusersDenoiser(Denoiser):
         self.device = device
         self.prompt_source = BUILT_IN
         self.network = parts.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        if device.type == "cpu" and autocast is not None:
+        compute = autocast or self.network.dtype
+        if device.type == "cpu" and compute != torch.float32:
             speed_up_norms(self.network)
         self.text_network = parts.text_encoder.to(device).eval().requires_grad_(False)
         self.vae = DiffusersCodec(parts.vae.to(device).eval().requires_grad_(False))
@@ -114,7 +115,7 @@ class DiffusersDenoiser(Denoiser):
         self.layers = _editable_layers(self.network, self.text_network)
         self._tokenizer = parts.tokenizer
         self._autocast = autocast
-        self.gradient_scale = gradient_scale(autocast or self.network.dtype)
+        self.gradient_scale = gradient_scale(compute)
         self._prediction = parts.schedule.get("prediction_type", "epsilon")
         if self._prediction not in ("epsilon", "v_prediction"):
             raise AblationError(f"{name} predicts '{self._prediction}': only epsilon and v_prediction are supported.")
