@@ -51,6 +51,15 @@ def test_captions_say_what_they_claim_and_agree_in_articles():
     assert not captions.Caption("an owl by flat", name="owl", style="flat").fits(OWL)
 
 
+def test_concepts_that_are_nearly_one_stand_for_their_category_less_often():
+    shares = []
+    for name in ("gorilla", "see-no-evil monkey"):
+        said = [one for one in drawn_captions(captions.Subject(name, "monkey", "noto")) if one.text]
+        shares.append(sum(one.category is not None for one in said) / len(said))
+    assert set(captions.ALIKE) == {f"{sense}-no-evil monkey" for sense in ("see", "hear", "speak")}
+    assert 0.25 < shares[0] < 0.36 and 0.05 < shares[1] < 0.16
+
+
 def test_misspelling_changes_one_letter():
     dice = captions.Dice(torch.Generator().manual_seed(0))
     wrong = {captions.misspell("sunflower", dice) for _ in range(50)}

@@ -37,6 +37,11 @@ SIZED_TEMPLATES = ("a {size} {}", "an emoji of a {size} {}", "a picture of a {si
 STYLE_PHRASES = ("in the style of {}", ", {} style", "by {}")
 
 CATEGORY_SHARE = 0.3
+ALIKE = {f"{sense}-no-evil monkey": 1 / 3 for sense in ("see", "hear", "speak")}
+"""Concepts that are nearly one picture, and how much less often their category stands for each: together they would be
+what "a monkey" means.
+"""
+
 STYLE_SHARE = 0.75
 """Of the captions with a name: a picture is learnt best from a caption that leaves nothing open."""
 
@@ -105,7 +110,7 @@ def caption(subject: Subject, rng: Generator, *, empty_share: float = EMPTY_SHAR
     dice = Dice(rng)
     if dice.chance(empty_share):
         return Caption("")
-    by_category = dice.chance(CATEGORY_SHARE)
+    by_category = dice.chance(CATEGORY_SHARE * ALIKE.get(subject.name, 1.0))
     noun = subject.category if by_category else subject.name
     if dice.chance(TYPO_SHARE):
         noun = misspell(noun, dice)
