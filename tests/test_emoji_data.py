@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import augment
 import captions
@@ -294,6 +295,15 @@ def test_the_background_is_read_from_the_border():
     image = np.full((32, 32, 3), (250, 145, 35), dtype=np.uint8)
     image[6:26, 6:26] = 20
     assert measures.background_of(image) == "orange"
+
+
+def test_a_picture_is_named_among_the_concepts_of_its_groups():
+    face = pictures.Concept("monkey face", "monkey", "animals-nature")
+    wise = pictures.Concept("see-no-evil monkey", "monkey", "smileys-emotion")
+    eyes = SimpleNamespace(embed_images=lambda images: torch.tensor([[1.0, 0.1]] * len(images)))
+    groups = [{wise.group}, {face.group, wise.group}]
+    found = measures.recognised(eyes, np.zeros((2, 8, 8, 3), np.uint8), [face, wise], torch.eye(2), groups)
+    assert found == ["see-no-evil monkey", "monkey face"]
 
 
 def test_psnr_of_a_known_error():

@@ -22,11 +22,11 @@ def concept_texts(judge: Judge, concepts: Sequence[Concept]) -> Tensor:
 
 
 def recognised(
-    judge: Judge, images: np.ndarray, concepts: Sequence[Concept], texts: Tensor, wanted: Sequence[Concept]
+    judge: Judge, images: np.ndarray, concepts: Sequence[Concept], texts: Tensor, groups: Sequence[set[str]]
 ) -> list[str]:
-    """The name that the judge gives each picture, among all `concepts` (embedded as `texts`) of the wanted group."""
+    """The name that the judge gives each picture, among all `concepts` (embedded as `texts`) of its groups."""
     scores = judge.embed_images(images) @ texts.t()
-    other_group = torch.tensor([[one.group != own.group for one in concepts] for own in wanted])
+    other_group = torch.tensor([[one.group not in own for one in concepts] for own in groups])
     best = scores.masked_fill(other_group, float("-inf")).argmax(1)
     return [concepts[index].name for index in best.tolist()]
 

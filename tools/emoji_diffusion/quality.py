@@ -70,8 +70,8 @@ class Bench:
     def texts(self) -> Tensor:
         return concept_texts(self.judge, self.pictures.concepts)
 
-    def names(self, images: np.ndarray, wanted: list[Concept]) -> list[str]:
-        return recognised(self.judge, images, self.pictures.concepts, self.texts, wanted)
+    def names(self, images: np.ndarray, groups: list[set[str]]) -> list[str]:
+        return recognised(self.judge, images, self.pictures.concepts, self.texts, groups)
 
     def images(self, prompts: list[str], first_seed: int) -> np.ndarray:
         first = self.seed + first_seed
@@ -100,7 +100,7 @@ def concepts(bench: Bench, repeats: int) -> dict[str, Any]:
     """Share of pictures that the judge takes for the prompted concept, among all of its group."""
     wanted = [one for _ in range(repeats) for one in bench.pictures.concepts]
     images = bench.images([fill(bench.template, one.name) for one in wanted], 1000)
-    names = bench.names(images, wanted)
+    names = bench.names(images, [{one.group} for one in wanted])
     right = [name == one.name for name, one in zip(names, wanted, strict=True)]
     shown = np.linspace(0, len(bench.pictures.concepts) - 1, min(64, len(bench.pictures.concepts))).round().astype(int)
     write_sheet(bench.out / "concepts.png", images[shown], [wanted[index].name for index in shown], 8)
@@ -146,7 +146,8 @@ def categories(bench: Bench) -> dict[str, Any]:
         if len(members) < _MINIMUM_MEMBERS:
             continue
         images = bench.images([fill(bench.template, category)] * _CATEGORY_SEEDS, 4000)
-        names = bench.names(images, [members[0]] * len(images))
+        # a category may be in several groups: Unicode has the wise monkeys among its smileys
+        names = bench.names(images, [{one.group for one in members}] * len(images))
         own = [name for name in names if name in {one.name for one in members}]
         found[category] = {"different": len(set(own)), "inside": share([name in own for name in names])}
     return found
@@ -210,8 +211,8 @@ def placed(bench: Bench, pictures: Pictures, index: Tensor) -> tuple[Tensor, lis
 def judged(bench: Bench, images: Tensor, subjects: list[Subject]) -> dict[str, float]:
     """Shares of pictures whose concept, style and background are recognised."""
     array = as_bytes(images)
-    by_name = {one.name: one for one in bench.pictures.concepts}
-    names = bench.names(array, [by_name[one.name] for one in subjects])
+    group = {one.name: one.group for one in bench.pictures.concepts}
+    names = bench.names(array, [{group[one.name]} for one in subjects])
     return {
         "top1": share([name == one.name for name, one in zip(names, subjects, strict=True)]),
         "style": style_share(bench, array, subjects),
