@@ -57,7 +57,7 @@ class Candidate:
         drawn: factors on fields of `DatasetSettings` or `HarvestSettings`.
         sampling_steps: factor on the steps of each image or trajectory.
         kept: which share of the steps of a trajectory gives rows, from the noisiest (0) to the last (1).
-        warm: whether training begins with the closed form; None as in the preset.
+        warm: whether training begins with the closed form, where the preset's does.
         trained: False leaves the closed form as it is.
     """
 
@@ -65,17 +65,16 @@ class Candidate:
     drawn: Mapping[str, float] = field(default_factory=dict)
     sampling_steps: float = 1.0
     kept: tuple[float, float] = (0.0, 1.0)
-    warm: bool | None = None
+    warm: bool = True
     trained: bool = True
 
     def recipe(self, preset: str, denoiser: Denoiser, kind: Kind) -> Recipe:
         """The preset's recipe with these changes."""
         made = recipe(preset, denoiser, kind)
-        closed_form = made.closed_form or recipe("instant", denoiser, kind).closed_form
         if not self.trained:
-            return replace(made, dataset=None, harvest=None, training=None, closed_form=closed_form)
-        if self.warm is not None:
-            made = replace(made, closed_form=closed_form if self.warm else None)
+            return replace(made, harvest=None, training=None)
+        if not self.warm:
+            made = replace(made, closed_form=None)
         drawn = made.dataset or made.harvest
         assert made.training is not None and drawn is not None
         steps = max(1, round(drawn.sample.steps * self.sampling_steps))
@@ -125,7 +124,6 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "balanced": {
         **_AS_IT_IS,
-        "with closed form": Candidate(warm=True),
         **_BOTH,
         "images / 2": Candidate(drawn={"images": 0.5, "preserve": 0.5}),
     },

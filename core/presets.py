@@ -60,6 +60,8 @@ class Recipe:
             raise AblationError("A recipe needs a training or a closed form.")
         if self.dataset is not None and self.harvest is not None:
             raise AblationError("A training is on a dataset or on a harvest, not on both.")
+        if self.dataset is not None and self.closed_form is not None:
+            raise AblationError("A training on images does not begin with the closed form: leave one of the two out.")
         if self.training is not None and self.closed_form is not None:
             self._check_start(self.training, self.closed_form)
 

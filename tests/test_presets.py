@@ -126,6 +126,7 @@ def test_memorized_images_need_a_preset_that_draws_and_trains_all_weights(tiny, 
         {"dataset": DatasetSettings()},
         {"dataset": DatasetSettings(), "harvest": HarvestSettings(), "training": TrainSettings()},
         {"closed_form": ClosedFormSettings(), "harvest": HarvestSettings()},
+        {"closed_form": ClosedFormSettings(), "dataset": DatasetSettings(), "training": TrainSettings()},
     ],
 )
 def test_parts_that_do_not_make_a_recipe(parts):
