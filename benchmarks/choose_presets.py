@@ -181,7 +181,7 @@ class Bench:
         denoiser = self.model()
         made = candidate.recipe(self.preset, denoiser, task.concept.kind)
         made = self.sizes.extra(made) if self.sizes.extra else made
-        inputs = {**self._inputs(task), "recipe": json.loads(json.dumps(asdict(made)))}
+        inputs = {**self._inputs(task), "recipe": _stored(made)}
         return self.store.run(f"{self.preset}-{task.name}", inputs, lambda: self._try_out(task, denoiser, made))
 
     def model(self) -> Denoiser:
@@ -192,8 +192,8 @@ class Bench:
 
     def _try_out(self, task: Task, denoiser: Denoiser, made: Recipe) -> dict[str, Any]:
         # images that several candidates train on are drawn once
-        drawn = json.loads(json.dumps([asdict(made.dataset), self._inputs(task)])) if made.dataset else None
-        folder = self.store.path(f"dataset-{task.name}", {"drawn": drawn}, "") if drawn else None
+        drawn = {**self._inputs(task), "dataset": asdict(made.dataset)} if made.dataset else None
+        folder = self.store.path(f"dataset-{task.name}", drawn, "") if drawn else None
         with PhaseMeter(denoiser) as meter:
             tasks = [Ablated(task.concept, task.surrounding)]
             delta = ablate(denoiser, tasks, made, directory=folder, on_progress=meter).delta
@@ -201,7 +201,7 @@ class Bench:
             "seconds": meter.seconds,
             "phases": meter.summary(),
             "rows": dataset_rows(made, 1) + training_rows(made),
-            "recipe": json.loads(json.dumps(asdict(made))),
+            "recipe": _stored(made),
             "hits": self._hits(task, denoiser, delta),
         }
 
@@ -211,7 +211,12 @@ class Bench:
 
     def _inputs(self, task: Task) -> dict[str, Any]:
         described = [task.concept.kind, task.concept.target, task.concept.anchor, *task.surrounding]
-        return {**self.key, "task": described, "evaluation": json.loads(json.dumps(asdict(self.sizes.evaluation)))}
+        return {**self.key, "task": described, "evaluation": _stored(self.sizes.evaluation)}
+
+
+def _stored(settings: Any) -> Any:
+    """Settings as JSON gives them back, so that a result is the same when it is read again."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) -> dict[str, Any]:
@@ -287,7 +292,7 @@ def main() -> None:
         {
             "preset": options.preset,
             "environment": machine,
-            "evaluation": json.loads(json.dumps(asdict(sizes.evaluation))),
+            "evaluation": _stored(sizes.evaluation),
             "margin": MARGIN,
             "chosen": chosen(rows),
             "tasks": [task.name for task in tasks],
