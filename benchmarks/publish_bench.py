@@ -2,8 +2,14 @@
 
     python benchmarks/publish_bench.py outputs/bench
 
-writes results/bench.json, results/bench/*.png, all tables into benchmarks/README.md, and goals, claims and the main
-table into README.md. What stands between the markers is replaced; a file without them gets a section at its end.
+writes results/bench.json, results/bench/*.png, results/bench/jobs.jsonl (every measurement as it was made), all tables
+into benchmarks/README.md, and goals, claims and the main table into README.md. What stands between the markers is
+replaced; a file without them gets a section at its end.
+
+    python benchmarks/publish_bench.py outputs/bench --restore
+
+puts the published measurements into that folder, so that `concept-ablation bench` goes on from them there. It takes
+those that were made of the same model, judges, tasks and settings, and makes the others.
 """
 
 from __future__ import annotations
@@ -15,12 +21,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from concept_ablation.core.bench.store import Store
 from concept_ablation.core.bench.tables import conclusions, evaluations, is_default, markdown, provenance
 from concept_ablation.core.files import replacing, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
 BEGIN, END = "<!-- bench: made by benchmarks/publish_bench.py -->", "<!-- /bench -->"
+JOBS = "jobs.jsonl"
 README_PLOTS = ("objectives", "subsets", "memorized")
 
 
@@ -72,6 +80,7 @@ def publish(output: Path, root: Path = ROOT) -> None:
         plots.append(folder / "bench" / plot.name)
         with replacing(plots[-1]) as temporary:
             shutil.copyfile(plot, temporary)
+    write_text(folder / "bench" / JOBS, "".join(f"{line}\n" for line in _stored(output)))
     for path, make, heading in (
         (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
         (root / "README.md", summary, "## Benchmark"),
@@ -80,10 +89,35 @@ def publish(output: Path, root: Path = ROOT) -> None:
         write_text(path, between_markers(text, make(results, plots, path.parent), heading))
 
 
+def restore(output: Path, root: Path = ROOT) -> int:
+    """Put the measurements that the repository holds into a benchmark's folder, which keeps those of its own that have
+    the same key; how many it did not have.
+    """
+    store, added = Store(output), 0
+    published = root / "benchmarks" / "results" / "bench" / JOBS
+    for line in published.read_text(encoding="utf-8").splitlines():
+        job = json.loads(line)
+        if not store.has_result(job["key"]):
+            store.finish(job["key"], job)
+            added += 1
+    return added
+
+
+def _stored(output: Path) -> list[str]:
+    """The measurements of a benchmark's folder, one line of JSON each, by key."""
+    paths = sorted((output / "jobs").glob("*.json"))
+    return [json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False) for path in paths]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the --output folder of the benchmark")
-    publish(parser.parse_args().output)
+    parser.add_argument("--restore", action="store_true", help="put what was published into that folder instead")
+    options = parser.parse_args()
+    if options.restore:
+        print(f"{restore(options.output)} measurements were put into {options.output}.")
+    else:
+        publish(options.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from concept_ablation.core.bench.store import Store
+from concept_ablation.core.files import write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -54,6 +57,21 @@ def results() -> dict[str, object]:
         "claims": [conclusion("A claim.", "holds")],
         "goals": [conclusion("A goal.", "met")],
     }
+
+
+def test_a_benchmark_goes_on_from_published_measurements(script, results, tmp_path):
+    output, root, other = tmp_path / "out", tmp_path / "repository", tmp_path / "other"
+    jobs = {key: {"key": key, "result": {"word": "Süden"}} for key in ("b" * 32, "a" * 32)}
+    write_json(output / "results.json", results)
+    for key, job in jobs.items():
+        write_json(output / "jobs" / f"{key}.json", job)
+    (output / "jobs" / f"{'c' * 32}.claim").touch()
+    script.publish(output, root)
+    own = {"key": "a" * 32, "result": {"word": "mine"}}
+    write_json(other / "jobs" / f"{'a' * 32}.json", own)
+    assert script.restore(other, root) == 1 and script.restore(other, root) == 0
+    store = Store(other)
+    assert store.result("a" * 32) == own and store.result("b" * 32) == jobs["b" * 32]
 
 
 def test_results_are_put_between_markers_again_and_again(script, results, tmp_path):
