@@ -28,6 +28,7 @@ from concept_ablation.core.hosts.diffusers import (
     DiffusersDenoiser,
     Parts,
     load_denoiser,
+    load_parts,
 )
 from concept_ablation.core.samplers import SampleSettings, draw_images, sample_latents
 
@@ -219,6 +220,15 @@ def test_kl_autoencoders_are_scaled_as_diffusers_scales_them():
     mean = vae.encode(images * 2 - 1).latent_dist.mean
     torch.testing.assert_close(codec.encode(images), mean * 0.25)
     torch.testing.assert_close(codec.decode(mean * 0.25), (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_pictures_that_are_decoded_in_bf16_are_those_of_fp32_within_a_grey_level(drawn):
+    vae = load_parts(EMBEDDED_MODEL).vae.eval()
+    exact = DiffusersCodec(vae).decode(drawn)
+    fast = DiffusersCodec(vae, torch.bfloat16).decode(drawn)
+    assert fast.dtype == torch.float32
+    differences = (fast - exact).abs() * 255
+    assert 0 < differences.mean() < 1 and differences.max() < 16
 
 
 @pytest.fixture(scope="module")
