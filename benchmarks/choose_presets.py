@@ -59,6 +59,7 @@ class Candidate:
         kept: which share of the steps of a trajectory gives rows, from the noisiest (0) to the last (1).
         warm: whether training begins with the closed form, where the preset's does.
         trained: False leaves the closed form as it is.
+        subset: what is trained in place of the preset's subset.
     """
 
     training: Mapping[str, float] = field(default_factory=dict)
@@ -67,10 +68,11 @@ class Candidate:
     kept: tuple[float, float] = (0.0, 1.0)
     warm: bool = True
     trained: bool = True
+    subset: str | None = None
 
     def recipe(self, preset: str, denoiser: Denoiser, kind: Kind) -> Recipe:
         """The preset's recipe with these changes."""
-        made = recipe(preset, denoiser, kind)
+        made = recipe(preset, denoiser, kind, subset=self.subset)
         if not self.trained:
             return replace(made, harvest=None, training=None)
         if not self.warm:
@@ -121,6 +123,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         "noisy half": Candidate(kept=(0.0, 0.5)),
         "without the noisiest quarter": Candidate(kept=(0.25, 1.0)),
         "batch x 2": Candidate({"batch": 2, "preserve_batch": 2}),
+        "the way up only": Candidate(subset="cross-attn-up"),
     },
     "balanced": {
         **_AS_IT_IS,

@@ -18,6 +18,8 @@ from ..samplers import SampleSettings, draw_images
 
 BACKWARD = 3
 """Rows that a row with its backward pass counts as."""
+_BACKWARD_UP = 2.5
+"""The same where the backward pass stops before the way down: a fifth of the work of the embedded model's network."""
 
 _FAMILIES = 6
 _PROBE = 16
@@ -91,10 +93,11 @@ def training_rows(made: Recipe) -> int:
         return 0
     drawn = made.dataset or made.harvest
     teacher = made.harvest is None
-    ablating = training.batch * (BACKWARD + (teacher and training.objective not in ("noise", "loss-max")))
-    preserving = training.preserve_batch * (BACKWARD + teacher) * bool(drawn and drawn.preserve)
-    regularizing = training.batch * BACKWARD * bool(training.regularization)
-    return training.steps * (ablating + preserving + regularizing)
+    trained = _BACKWARD_UP if training.subset == "cross-attn-up" else BACKWARD
+    ablating = training.batch * (trained + (teacher and training.objective not in ("noise", "loss-max")))
+    preserving = training.preserve_batch * (trained + teacher) * bool(drawn and drawn.preserve)
+    regularizing = training.batch * trained * bool(training.regularization)
+    return round(training.steps * (ablating + preserving + regularizing))
 
 
 def dataset_rows(made: Recipe, concepts: int) -> int:
