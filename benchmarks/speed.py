@@ -40,6 +40,7 @@ from concept_ablation.core.tasks import Task, load_tasks
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 TASKS = Path(__file__).with_name("speed_tasks.toml")
 PRESETS = ("instant", "fast", "balanced", "paper")
+SLOW = ("balanced", "paper")
 _OF_TASKS = ("tasks", "before", "presets", "repeats", "floor", "fast_against_paper")
 
 
@@ -254,7 +255,9 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="presets to compare")
     parser.add_argument("--tasks", nargs="+", help="names of tasks; all if left out")
     parser.add_argument("--repeats", type=int, default=3, help="of each preset and of each step; medians are reported")
-    parser.add_argument("--paper-repeats", type=int, default=1, help="of the preset paper, which takes long")
+    parser.add_argument(
+        "--slow-repeats", type=int, default=1, help="of the presets balanced and paper, which take long"
+    )
     parser.add_argument("--batch", type=int, default=1, help="rows of a step of the second part")
     parser.add_argument("--steps", type=int, default=3, help="steps in each process of the second part")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes and one task; results below outputs/")
@@ -271,7 +274,7 @@ def main() -> None:
             model = load_denoiser().fingerprint()
             sizes = TINY if options.tiny else Sizes()
             bench = Bench(load_denoiser, Judge.load(), sizes, store, {"environment": machine, "model": model})
-            repeats = {name: options.paper_repeats if name == "paper" else options.repeats for name in options.presets}
+            repeats = {name: options.slow_repeats if name in SLOW else options.repeats for name in options.presets}
             parts["tasks"] = measure_tasks(bench, [task for task in tasks if task.name in wanted], repeats)
         if options.only != "tasks":
             how = Steps("tiny" if options.tiny else "sd15", options.batch, options.steps, options.repeats)
