@@ -8,7 +8,8 @@ Run by speed.py, one process for each case, so that peak memory is that of the c
 parameter group cross-attn, model-based loss): pictures through the autoencoder, both captions through the text encoder,
 the network once for the target and once, without gradients, for the anchor, AdamW on the keys and values. Attention is
 memory-efficient, as with the xFormers option that its README recommends; `reference-plain-attention` computes whole
-score matrices, as without it. `ours` trains on harvested rows, `ours-checkpointing` saves memory in addition.
+score matrices, as without it. `ours` trains the same layers on harvested rows, `ours-checkpointing` saves memory in
+addition; `ours-up` and `ours-up-checkpointing` train those of the middle and the way up (subset cross-attn-up).
 
 All have the same modules loaded, in bf16: the U-Net (860 M weights), the autoencoder, CLIP-L's text encoder. Weights
 are random, which time and memory do not mind. Prints JSON: seconds of each step after a first one for warming up, and
@@ -46,7 +47,7 @@ from concept_ablation.core.progress import Progress
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.trainer import TrainSettings
 
-CASES = ("reference", "reference-plain-attention", "ours", "ours-checkpointing")
+CASES = ("reference", "reference-plain-attention", "ours", "ours-checkpointing", "ours-up", "ours-up-checkpointing")
 RATE = 1e-6
 
 
@@ -157,7 +158,7 @@ def reference(models: Models, size: Size, batch: int, steps: int, plain_attentio
     return _gaps(marks)
 
 
-def ours(models: Models, size: Size, batch: int, steps: int, checkpointing: bool) -> list[float]:
+def ours(models: Models, size: Size, batch: int, steps: int, subset: str, checkpointing: bool) -> list[float]:
     """Seconds of each step of training on harvested rows, the first with what comes before it."""
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
     parts = Parts(models.unet, models.text, tokenizer, models.vae, SD1_SCHEDULE)
@@ -178,7 +179,9 @@ def ours(models: Models, size: Size, batch: int, steps: int, checkpointing: bool
     def mark(progress: Progress) -> None:
         marks.append(_now(denoiser.device))
 
-    settings = TrainSettings(steps=steps, batch=batch, learning_rate=RATE, checkpointing=checkpointing, cosine=False)
+    settings = TrainSettings(
+        subset=subset, steps=steps, batch=batch, learning_rate=RATE, checkpointing=checkpointing, cosine=False
+    )
     train_harvested(denoiser, rows, settings, on_progress=mark)
     return _gaps(marks)
 
@@ -196,7 +199,8 @@ def measure(case: str, size: Size, batch: int, steps: int, device: torch.device)
     else:
 
         def run() -> list[float]:
-            return ours(models, size, batch, 1 + steps, case == "ours-checkpointing")
+            subset = "cross-attn-up" if "-up" in case else "cross-attn"
+            return ours(models, size, batch, 1 + steps, subset, case.endswith("checkpointing"))
 
     loaded = memory(device)[0]
     seconds = run()[1:]

@@ -1,4 +1,4 @@
-"""What speed.py's results look like: the plot of accuracy against time and the README's table."""
+"""What speed.py's results look like: the plot of accuracy against time and the README's tables."""
 
 from __future__ import annotations
 
@@ -52,46 +52,75 @@ def write_plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The README's table, Markdown."""
-    lines = [
-        "| preset | seconds | network rows: forward | forward and backward | target after | surrounding after |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """Every preset: cost and accuracies over all tasks. Markdown."""
+    before = results["before"]
+    rows = [["no edit", "", "", "", _interval(before["target"]), _interval(before["surrounding"])]]
     for preset, row in results["presets"].items():
-        cells = [
-            f"`{preset}`",
-            f"{row['median_seconds']:.1f}",
-            f"{row['forward']:,.0f}",
-            f"{row['trained']:,.0f}",
-            _interval(row["target"]),
-            _interval(row["surrounding"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cost = [f"{row['median_seconds']:.1f}", f"{row['forward']:,.0f}", f"{row['trained']:,.0f}"]
+        rows.append([f"`{preset}`", *cost, _interval(row["target"]), _interval(row["surrounding"])])
+    return _markdown(
+        ["preset", "seconds", "network rows: forward", "forward and backward", "target", "surrounding"], rows
+    )
+
+
+def tasks(results: Mapping[str, Any]) -> str:
+    """Every task: accuracy of its target and, in brackets, of its surrounding concepts."""
+
+    def cell(found: Mapping[str, Any]) -> str:
+        target, surrounding = (found[f"{what}_accuracy"]["value"] for what in ("target", "surrounding"))
+        return f"{target:.2f} ({surrounding:.2f})"
+
+    rows = [
+        [f"{task['target']} → {task['anchor']}", cell(task["before"]), *map(cell, task["presets"].values())]
+        for task in results["tasks"]
+    ]
+    return _markdown(["ablated → drawn instead", "no edit", *(f"`{name}`" for name in results["presets"])], rows)
+
+
+def phases(results: Mapping[str, Any]) -> str:
+    """Seconds of each phase of each preset, medians over tasks."""
+    names = list(dict.fromkeys(name for row in results["presets"].values() for name in row["phases"]))
+    rows = [
+        [f"`{preset}`", *(f"{row['phases'][name]:.1f}" if name in row["phases"] else "" for name in names)]
+        for preset, row in results["presets"].items()
+    ]
+    return _markdown(["seconds of", *(name.lower() for name in names)], rows)
+
+
+def steps(results: Mapping[str, Any]) -> str:
+    """A training step on a model of SD 1.5's size: time and memory of each case."""
+    rows = [
+        [f"`{name}`", f"{case['seconds']:.1f}", f"{case['peak_gb']:.2f}", f"{case['peak_gb'] - case['loaded_gb']:.2f}"]
+        for name, case in results["step"]["cases"].items()
+    ]
+    return _markdown(["a step", "seconds", "peak memory, GB", "beyond the loaded models, GB"], rows)
 
 
 def note(results: Mapping[str, Any]) -> str:
-    """What stands below the table."""
-    machine, step = results["environment"], results["step"]
-    text = (
-        f"{len(results['tasks'])} tasks of the embedded model, medians; CLIP accuracy with 95 % intervals. "
-        f"The training loop costs {results['ratios']['overhead']:.1%} over the bare network. "
-    )
-    if step:
-        text += (
-            f"A step on a model of Stable Diffusion 1.5's size takes {results['ratios']['step_over_reference']:.2f} of "
-            f"the time and {results['ratios']['memory_over_reference']:.2f} of the peak memory of the authors' step. "
-        )
+    """What stands below the tables."""
+    machine = results["environment"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{text}Measured on {where}, torch {machine['torch']}, commit {machine['commit']}."
+    return (
+        f"{len(results['tasks'])} tasks of the embedded model, medians; CLIP accuracy with 95 % intervals. The loop of "
+        f"the training costs {results['ratios']['overhead']:.1%} over the bare network. Measured on {where}, torch "
+        f"{machine['torch']}, commit {machine['commit']}."
+    )
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """All tables."""
+    parts = [table(results), tasks(results), phases(results)]
+    if results["step"]:
+        parts.append(steps(results))
+    return "\n\n".join([*parts, note(results)])
 
 
 def write_table(results: Mapping[str, Any], readme: Path) -> None:
-    """Put the table between its markers in the README; without markers it is printed."""
+    """Put the tables between their markers in the README; without markers they are printed."""
     text = readme.read_text(encoding="utf-8")
-    made = f"{table(results)}\n\n{note(results)}"
+    made = section(results)
     if BEGIN not in text or END not in text:
-        print(f"{readme.name} has no {BEGIN} … {END}; the table:\n{made}")
+        print(f"{readme.name} has no {BEGIN} … {END}; the tables:\n{made}")
         return
     head, rest = text.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
@@ -102,3 +131,8 @@ def _interval(estimate: Mapping[str, float | None]) -> str:
     if estimate["low"] is None or estimate["high"] is None:
         return f"{estimate['value']:.2f}"
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
+
+
+def _markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

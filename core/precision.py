@@ -6,8 +6,6 @@ import functools
 import platform
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 _X86 = {"x86_64", "amd64"}
 _FP16_GRADIENT_SCALE = 1024.0
@@ -32,23 +30,3 @@ def cpu_has_bf16() -> bool:
 def gradient_scale(compute: torch.dtype) -> float:
     """What losses are multiplied by for a network that computes in `compute` (see `Denoiser.gradient_scale`)."""
     return _FP16_GRADIENT_SCALE if compute == torch.float16 else 1.0
-
-
-class _GroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` that computes in fp32 and gives the type that it got."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = (None if part is None else part.float() for part in (self.weight, self.bias))
-        return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
-
-
-def speed_up_norms(network: nn.Module) -> nn.Module:
-    """Have every group normalization of `network` computed in fp32; weights and names stay.
-
-    PyTorch's CPU kernel takes 4 to 8 times longer for bf16 in channels_last than for fp32: with it the embedded model's
-    U-Net spends a quarter of its time in 30 normalizations (torch 2.14, AMD EPYC).
-    """
-    for module in network.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = _GroupNorm
-    return network

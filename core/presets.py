@@ -1,7 +1,7 @@
 """Named settings: the paper's own, and trade-offs between time and effect on Stable Diffusion and the embedded model.
 
-`balanced` was chosen from measurements on the embedded model. What `instant` and `fast` are made of is in one place at
-the end, as starting points.
+`fast` and `balanced` were chosen from measurements on the embedded model (benchmarks/choose_presets.py). `instant` is
+what `fast` begins with.
 
 Learning rates are those of Stable Diffusion 1.x; a model of another size states its factor
 (`Denoiser.learning_rate_scale`).
@@ -237,14 +237,13 @@ def _balanced(kind: Kind, subset: str | None) -> Recipe:
     return Recipe(images, train)
 
 
-# Starting points: what is to be chosen by measurement, on other tasks than those of the benchmarks, is all here.
 _CLOSED_FORM = ClosedFormSettings(prompts=48, preserve_prompts=48)
 _NEIGHBOURS, _GENERIC = 8, 48
 _FAST_HARVEST = HarvestSettings(
     trajectories=12, preserve=12, prompts=48, sample=SampleSettings(steps=10, guidance=4.0, eta=1.0)
 )
 _FAST_TRAINING = TrainSettings(
-    objective="model", subset="cross-attn", steps=20, batch=8, preserve_batch=8, preserve_weight=4.0
+    objective="model", subset="cross-attn", steps=10, batch=8, preserve_batch=8, preserve_weight=4.0
 )
 _FAST_RATES = _BALANCED_RATES
 

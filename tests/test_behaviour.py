@@ -1,6 +1,6 @@
 """The method on a model that really learned its concepts: the target goes, its neighbours stay.
 
-Smaller than the `balanced` preset, so that it fits a test run; `benchmarks/first_table.py` measures the preset itself.
+Smaller than the `balanced` preset, so that it fits a test run; `benchmarks/speed.py` measures the preset itself.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from concept_ablation.core import closed_form, delta_file
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.files import write_json
 from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings
@@ -116,6 +117,18 @@ def test_the_cheapest_candidate_within_the_margin_is_chosen(modules):
     assert modules.choose_presets.chosen(rows, 0.05) == "near"
     assert modules.choose_presets.chosen(rows, 0.0) == "best"
     assert modules.choose_presets.chosen(rows, 0.5) == "cheap"
+    # the closed form alone, which has no network rows, is another preset
+    assert modules.choose_presets.chosen([*rows, found("closed form only", 0.60, 0)], 0.05) == "near"
+
+
+def test_a_choice_is_made_again_among_what_was_measured(modules, tmp_path, monkeypatch, capsys):
+    rows = [found("best", 0.60, 900), found("near", 0.56, 300)]
+    write_json(tmp_path / "preset_fast.json", {"rows": rows, "chosen": "best", "margin": 0.05})
+    monkeypatch.setattr(modules.choose_presets, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["choose_presets.py", "fast", "--again"])
+    modules.choose_presets.main()
+    written = json.loads((tmp_path / "preset_fast.json").read_text("utf-8"))
+    assert written == {"rows": rows, "chosen": "near", "margin": 0.05} and "near" in capsys.readouterr().out
 
 
 def test_the_score_is_the_targets_fall_minus_the_neighbours(modules):

@@ -197,15 +197,16 @@ def test_fast_is_compared_with_paper_over_the_same_prompts(modules):
 
 
 def test_the_ratios_come_from_medians_and_an_earlier_part_stays_only_beside_the_same_code(modules):
-    steps = {"cases": {case: {"seconds": s, "peak_gb": gb} for case, s, gb in (("ours", 2, 3), ("reference", 8, 4))}}
+    sizes = (("ours", 2, 3), ("reference", 8, 4))
+    steps = {"cases": {case: {"seconds": s, "peak_gb": gb, "loaded_gb": 2} for case, s, gb in sizes}}
     tasks = {"tasks": [{"name": "x"}], "floor": {"overhead": 0.02}, "fast_against_paper": {"seconds_ratio": 0.01}}
     machine = {"commit": "1"}
     first = modules.speed.assemble(machine, {"tasks": tasks}, {})
-    none = {"step_over_reference": None, "memory_over_reference": None}
+    none = dict.fromkeys(("step_over_reference", "memory_over_reference", "memory_beyond_models_over_reference"), None)
     assert first["ratios"] == {"fast_over_paper": 0.01, "overhead": 0.02, **none}
     both = modules.speed.assemble(machine, {"step": steps}, first)
     wanted = {"fast_over_paper": 0.01, "step_over_reference": 0.25, "memory_over_reference": 0.75, "overhead": 0.02}
-    assert both["ratios"] == wanted and both["tasks"] == tasks["tasks"]
+    assert both["ratios"] == {**wanted, "memory_beyond_models_over_reference": 0.5} and both["tasks"] == tasks["tasks"]
     other = modules.speed.assemble({"commit": "2"}, {"step": steps}, first)
     assert other["tasks"] == [] and other["ratios"]["overhead"] is None
 
@@ -226,12 +227,14 @@ def test_the_cases_of_the_second_part_take_turns_in_processes_of_their_own(modul
     assert [command[2] for command in commands] == [*cases] * 3
     assert all(command[0] == sys.executable and Path(command[1]).name == "speed_reference.py" for command in commands)
     assert commands[0][3:] == ["--batch", "2", "--steps", "2", "--size", "tiny"]
-    # the first case was process 1, 5 and 9
-    assert part["cases"]["reference"]["peak_gb"] == 5 and part["cases"]["reference"]["seconds"] == 5.5
-    assert modules.speed.measure_steps(store, {}, how) == part and len(commands) == 12
+    # the first case was process 1, 7 and 13
+    assert part["cases"]["reference"]["peak_gb"] == 7 and part["cases"]["reference"]["seconds"] == 7.5
+    assert modules.speed.measure_steps(store, {}, how) == part and len(commands) == 18
 
 
-@pytest.mark.parametrize("case", ["reference", "reference-plain-attention", "ours", "ours-checkpointing"])
+@pytest.mark.parametrize(
+    "case", ["reference", "reference-plain-attention", "ours", "ours-checkpointing", "ours-up", "ours-up-checkpointing"]
+)
 def test_a_step_of_each_case_runs(modules, case, monkeypatch):
     reference = modules.speed_reference
     size = reference.Size(8, (32, 64, 64, 64), (32, 32, 32, 32), 64)
@@ -255,28 +258,34 @@ def test_the_model_of_the_second_part_has_the_size_of_sd15(modules):
 
 def test_the_plot_and_the_table_show_every_preset(modules, tmp_path):
     presets = {"fast": preset_row(2, 0.1, 0.8), "paper": preset_row(90, 0.2, 0.7)}
-    before = {"target_accuracy": {"value": 0.9, "low": 0.8, "high": 1.0}}
+    before = {f"{what}_accuracy": {"value": 0.9, "low": 0.8, "high": 1.0} for what in ("target", "surrounding")}
     results = {
         "ratios": {"overhead": 0.031, "step_over_reference": 0.4, "memory_over_reference": 0.6},
         "environment": {"gpu": None, "cpu": "a CPU", "threads": 2, "torch": "2", "commit": "abc"},
-        "tasks": [{"name": "x", "before": before, "presets": presets}],
+        "tasks": [{"name": "x", "target": "fox", "anchor": "animal", "before": before, "presets": presets}],
+        "before": {"target": before["target_accuracy"], "surrounding": before["surrounding_accuracy"]},
         "presets": {
             name: {
                 **row,
                 "forward": 1234,
                 "trained": 5,
+                "phases": {"Encoding": 0.25, name: 7.0},
                 "target": row["target_accuracy"],
                 "surrounding": row["surrounding_accuracy"],
             }
             for name, row in presets.items()
         },
-        "step": {},
+        "step": {"cases": {"ours": {"seconds": 3.21, "peak_gb": 4.5, "loaded_gb": 3.0}}},
     }
     report = modules.speed_report
     report.write_plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     lines = report.table(results).splitlines()
-    assert lines[2] == "| `fast` | 2.0 | 1,234 | 5 | 0.10 (0.00 to 0.20) | 0.80 |" and len(lines) == 4
+    assert lines[2] == "| no edit |  |  |  | 0.90 (0.80 to 1.00) | 0.90 (0.80 to 1.00) |"
+    assert lines[3] == "| `fast` | 2.0 | 1,234 | 5 | 0.10 (0.00 to 0.20) | 0.80 |" and len(lines) == 5
+    assert "| fox → animal | 0.90 (0.90) | 0.10 (0.80) | 0.20 (0.70) |" in report.tasks(results)
+    assert report.phases(results).splitlines()[2:] == ["| `fast` | 0.2 | 7.0 |  |", "| `paper` | 0.2 |  | 7.0 |"]
+    assert "| `ours` | 3.2 | 4.50 | 1.50 |" in report.steps(results)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "utf-8")
     report.write_table(results, readme)

@@ -25,7 +25,8 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..precision import cpu_has_bf16, gradient_scale, speed_up_norms
+from ..frozen import keep_little, speed_up_norms
+from ..precision import cpu_has_bf16, gradient_scale
 from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
 from ..vocabulary import COMMON, Vocabulary
@@ -116,6 +117,7 @@ class DiffusersDenoiser(Denoiser):
         self.prompt_source = BUILT_IN
         self.network = parts.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         compute = autocast or self.network.dtype
+        keep_little(self.network, compute)
         if device.type == "cpu" and compute != torch.float32:
             speed_up_norms(self.network)
         self.text_network = parts.text_encoder.to(device).eval().requires_grad_(False)
