@@ -80,7 +80,8 @@ def publish(output: Path, root: Path = ROOT) -> None:
         plots.append(folder / "bench" / plot.name)
         with replacing(plots[-1]) as temporary:
             shutil.copyfile(plot, temporary)
-    write_text(folder / "bench" / JOBS, "".join(f"{line}\n" for line in _stored(output)))
+    lines = [json.dumps(job, ensure_ascii=False) for job in Store(output).results()]
+    write_text(folder / "bench" / JOBS, "".join(f"{line}\n" for line in lines))
     for path, make, heading in (
         (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
         (root / "README.md", summary, "## Benchmark"),
@@ -101,12 +102,6 @@ def restore(output: Path, root: Path = ROOT) -> int:
             store.finish(job["key"], job)
             added += 1
     return added
-
-
-def _stored(output: Path) -> list[str]:
-    """The measurements of a benchmark's folder, one line of JSON each, by key."""
-    paths = sorted((output / "jobs").glob("*.json"))
-    return [json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False) for path in paths]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from concept_ablation.core.bench import tables
 from concept_ablation.core.files import replacing, write_text
 
 BEGIN, END = "<!-- speed: made by benchmarks/speed.py -->", "<!-- /speed -->"
@@ -58,7 +59,7 @@ def table(results: Mapping[str, Any]) -> str:
     for preset, row in results["presets"].items():
         cost = [f"{row['median_seconds']:.1f}", f"{row['forward']:,.0f}", f"{row['trained']:,.0f}"]
         rows.append([f"`{preset}`", *cost, _interval(row["target"]), _interval(row["surrounding"])])
-    return _markdown(
+    return tables.table(
         ["preset", "seconds", "network rows: forward", "forward and backward", "target", "surrounding"], rows
     )
 
@@ -74,7 +75,7 @@ def tasks(results: Mapping[str, Any]) -> str:
         [f"{task['target']} → {task['anchor']}", cell(task["before"]), *map(cell, task["presets"].values())]
         for task in results["tasks"]
     ]
-    return _markdown(["ablated → drawn instead", "no edit", *(f"`{name}`" for name in results["presets"])], rows)
+    return tables.table(["ablated → drawn instead", "no edit", *(f"`{name}`" for name in results["presets"])], rows)
 
 
 def phases(results: Mapping[str, Any]) -> str:
@@ -84,7 +85,7 @@ def phases(results: Mapping[str, Any]) -> str:
         [f"`{preset}`", *(f"{row['phases'][name]:.1f}" if name in row["phases"] else "" for name in names)]
         for preset, row in results["presets"].items()
     ]
-    return _markdown(["seconds of", *(name.lower() for name in names)], rows)
+    return tables.table(["seconds of", *(name.lower() for name in names)], rows)
 
 
 def steps(results: Mapping[str, Any]) -> str:
@@ -93,7 +94,7 @@ def steps(results: Mapping[str, Any]) -> str:
         [f"`{name}`", f"{case['seconds']:.1f}", f"{case['peak_gb']:.2f}", f"{case['peak_gb'] - case['loaded_gb']:.2f}"]
         for name, case in results["step"]["cases"].items()
     ]
-    return _markdown(["a step", "seconds", "peak memory, GB", "beyond the loaded models, GB"], rows)
+    return tables.table(["a step", "seconds", "peak memory, GB", "beyond the loaded models, GB"], rows)
 
 
 def note(results: Mapping[str, Any]) -> str:
@@ -131,8 +132,3 @@ def _interval(estimate: Mapping[str, float | None]) -> str:
     if estimate["low"] is None or estimate["high"] is None:
         return f"{estimate['value']:.2f}"
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
-
-
-def _markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

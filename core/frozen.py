@@ -75,7 +75,7 @@ class _GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if _is_passed(self, input):
             return _normalize(input, self.weight, self.bias, self.num_groups, self.eps)
-        weight, bias = (None if part is None else part.float() for part in (self.weight, self.bias))
+        weight, bias = _cast(torch.float32, self.weight, self.bias)
         return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
 
 
@@ -91,7 +91,7 @@ class _Convolution(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.how = x.shape, how
-        return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *how)
+        return F.conv2d(x, *_cast(x.dtype, weight, bias), *how)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ class _Projection(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, *_cast(x.dtype, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -141,7 +141,7 @@ class _Normalization(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
         exact = x.float().contiguous(memory_format=_layout(x))
-        weight, bias = (None if part is None else part.float() for part in (weight, bias))
+        weight, bias = _cast(torch.float32, weight, bias)
         ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
         normalized, mean, deviation = torch.native_group_norm(exact, weight, bias, *ctx.sizes, eps)
         ctx.save_for_backward(x, weight, mean, deviation)
@@ -166,8 +166,14 @@ _convolve, _project, _gate, _normalize = (
 
 def _is_passed(module: nn.Conv2d | nn.Linear | nn.GroupNorm, x: Tensor) -> bool:
     """Whether a gradient goes through the layer to its input and to nothing else."""
-    frozen = not any(part is not None and part.requires_grad for part in (module.weight, module.bias))
-    return frozen and x.requires_grad and torch.is_grad_enabled()
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    return not any(part is not None and part.requires_grad for part in (module.weight, module.bias))
+
+
+def _cast(dtype: torch.dtype, *parts: Tensor | None) -> list[Tensor | None]:
+    """The tensors in a type; what a layer does not have stays None."""
+    return [None if part is None else part.to(dtype) for part in parts]
 
 
 def _layout(x: Tensor) -> torch.memory_format:

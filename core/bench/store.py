@@ -66,6 +66,12 @@ class Store:
             return None
         return found if isinstance(found, dict) and "result" in found else None
 
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Every result that is there and whole, by key."""
+        for path in sorted((self.root / "jobs").glob("*.json")):
+            if (found := self.result(path.stem)) is not None:
+                yield found
+
     def has_result(self, key: str) -> bool:
         """Whether a job is done, without reading what came out."""
         return self.result_path(key).is_file()
