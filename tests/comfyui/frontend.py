@@ -13,8 +13,13 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
 from concept_ablation.tests.comfyui.client import Client
 
 START_MILLISECONDS = 90_000
-# What a user has clicked away by the second visit, and a map that would lie over the graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+# What a user has clicked away by the second visit (the dialog about the checkpoint of an example, which no test
+# downloads, would lie over whatever is tested next), and a map that would lie over the graph.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Minimap.Visible": False,
+}
 
 
 class FrontEnd:

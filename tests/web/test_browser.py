@@ -201,7 +201,8 @@ def test_two_sessions_at_once_take_turns_and_see_only_their_own(open_page):
 
 def test_a_queue_of_concepts_and_a_reload(open_page):
     page = open_page()
-    fill(page, "tropical fish", "fish", Steps="2")
+    # long enough to run still when the second concept is typed in
+    fill(page, "tropical fish", "fish", Steps="100")
     ablate(page)
     await_state(page, "running")
     fill(page, "rooster", "bird", Steps="2")
