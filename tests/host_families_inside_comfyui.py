@@ -120,7 +120,8 @@ def test_predictions_are_those_of_comfyuis_own_sampling(family, v_prediction):
         assert denoiser.sigmas[-1] == pytest.approx(sigma.item(), rel=1e-3)
         if family == "sdxl":
             assert denoiser.encode([prompt]).tensors["y"].shape == (1, 64 + SDXL_SIZES)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    # D = x - sigma * epsilon at sigma 14.6: rounding in epsilon is multiplied by sigma, also where D is almost nothing
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
     assert (found - other).abs().max() > 1e-3
 
 
