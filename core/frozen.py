@@ -2,9 +2,10 @@
 
 A backward pass goes through the whole network to reach the few weights that are trained. On its way PyTorch keeps the
 input of every convolution, for a gradient of its weight that nobody asks for; under autocast a copy of every weight in
-the compute type; and both factors of a gated linear unit, one of which the other two tensors give back. Here a frozen
-layer computes the same and keeps the least: a convolution and a linear layer nothing but their weight as it is stored,
-a gated linear unit its one input, a group normalization its input in the type that it came in.
+the compute type; and results that are cheap to compute again. Here a frozen layer computes the same and keeps the
+least: a convolution and a linear layer nothing but their weight as it is stored, a group normalization its input in the
+type that it came in, an activation after it nothing more (the normalization is done again), a gated linear unit the
+input of its projection, an eighth of what that gives (the projection is done again).
 
 Without gradients, or where the weight itself is trained, a layer is the one that it was.
 """
@@ -22,14 +23,19 @@ from torch.nn import functional as F
 
 
 def keep_little(network: nn.Module, compute: torch.dtype) -> nn.Module:
-    """Have convolutions, linear layers and gated linear units of `network` keep little for a backward pass. Weights,
-    names and results stay.
+    """Have convolutions, linear layers, gated linear units and activations of `network` keep little for a backward
+    pass. Weights, names and results stay.
 
     Args:
         network: any module; layers of other classes, derived ones among them, are left as they are.
         compute: what its layers compute in, by their own type or by autocast.
     """
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _Conv2d, nn.Linear: _Linear, GEGLU: _Gated}
+    kinds: dict[type[nn.Module], type[nn.Module]] = {
+        nn.Conv2d: _Conv2d,
+        nn.Linear: _Linear,
+        GEGLU: _Gated,
+        nn.SiLU: _SiLU,
+    }
     for module in network.modules():
         if type(module) in kinds and getattr(module, "padding_mode", "zeros") == "zeros":
             module.__class__ = kinds[type(module)]
@@ -74,15 +80,31 @@ class _GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_passed(self, input):
-            return _normalize(input, self.weight, self.bias, self.num_groups, self.eps)
+            how = self.weight, self.bias, self.num_groups, self.eps
+            normalized = _normalize(input, *how)
+            normalized.made_of = (input.detach(), *how)
+            return normalized
         weight, bias = _cast(torch.float32, self.weight, self.bias)
         return F.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
 
 
+class _SiLU(nn.SiLU):
+    """Of what a `_GroupNorm` has just made, which says of what in `made_of`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        made_of = getattr(input, "made_of", None)
+        return super().forward(input) if made_of is None else _activate(input, *made_of)
+
+
 class _Gated(GEGLU):
+    compute: torch.dtype
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, *args, **kwargs)
+        # a delta's hook needs the projection to be called
+        if _is_passed(self.proj, hidden_states) and not self.proj._forward_hooks:
+            return _project_and_gate(hidden_states.to(self.compute), self.proj.weight, self.proj.bias)
         return _gate(self.proj(hidden_states))
 
 
@@ -120,19 +142,29 @@ class _GatedUnit(Function):
     @staticmethod
     def forward(ctx: Any, halves: Tensor) -> Tensor:
         ctx.save_for_backward(halves)
-        value, gate = halves.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return _gated(halves)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (halves,) = ctx.saved_tensors
-        value, gate = halves.chunk(2, dim=-1)
-        back = torch.empty_like(halves)
-        to_value, to_gate = back.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=to_value)
-        to_gate.copy_(torch.ops.aten.gelu_backward(gradient * value, gate))
-        return back
+        return _gated_backward(gradient, halves)
+
+
+class _GatedProjection(Function):
+    """The same of a projection that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _gated(F.linear(x, *_cast(x.dtype, weight, bias)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        weight, bias = _cast(x.dtype, *weights)
+        return _gated_backward(gradient, F.linear(x, weight, bias)) @ weight, None, None
 
 
 class _Normalization(Function):
@@ -140,11 +172,9 @@ class _Normalization(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-        exact = x.float().contiguous(memory_format=_layout(x))
-        weight, bias = _cast(torch.float32, weight, bias)
-        ctx.sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
-        normalized, mean, deviation = torch.native_group_norm(exact, weight, bias, *ctx.sizes, eps)
-        ctx.save_for_backward(x, weight, mean, deviation)
+        normalized, mean, deviation = _group_norm(x, weight, bias, groups, eps)
+        ctx.sizes = _sizes(x, groups)
+        ctx.save_for_backward(x, *_cast(torch.float32, weight), mean, deviation)
         return normalized.to(x.dtype)
 
     @staticmethod
@@ -159,9 +189,53 @@ class _Normalization(Function):
         return back.to(x.dtype), None, None, None, None
 
 
-_convolve, _project, _gate, _normalize = (
-    kind.apply for kind in (_Convolution, _Projection, _GatedUnit, _Normalization)
+class _Activation(Function):
+    """SiLU of group normalization's result: what that was made of is kept instead, which is kept for it anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, normalized: Tensor, x: Tensor, *how: Any) -> Tensor:
+        weight, bias, *ctx.how = how
+        ctx.save_for_backward(x, weight, bias)
+        return F.silu(normalized)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        normalized = _group_norm(x, *weights, *ctx.how)[0].to(x.dtype)
+        return torch.ops.aten.silu_backward(gradient, normalized), *(None,) * 5
+
+
+_convolve, _project, _gate, _project_and_gate, _normalize, _activate = (
+    kind.apply for kind in (_Convolution, _Projection, _GatedUnit, _GatedProjection, _Normalization, _Activation)
 )
+
+
+def _gated(halves: Tensor) -> Tensor:
+    value, gate = halves.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def _gated_backward(gradient: Tensor, halves: Tensor) -> Tensor:
+    value, gate = halves.chunk(2, dim=-1)
+    back = torch.empty_like(halves)
+    to_value, to_gate = back.chunk(2, dim=-1)
+    torch.mul(gradient, F.gelu(gate), out=to_value)
+    to_gate.copy_(torch.ops.aten.gelu_backward(gradient * value, gate))
+    return back
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalized, mean, reciprocal deviation), all in fp32."""
+    exact = x.float().contiguous(memory_format=_layout(x))
+    return torch.native_group_norm(exact, *_cast(torch.float32, weight, bias), *_sizes(x, groups), eps)
+
+
+def _sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """Rows, channels, positions and groups, as PyTorch's group normalization takes them."""
+    return x.shape[0], x.shape[1], x[0, 0].numel(), groups
 
 
 def _is_passed(module: nn.Conv2d | nn.Linear | nn.GroupNorm, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ def make(name: str) -> nn.Module:
         "linear": lambda: nn.Linear(8, 5),
         "gated": lambda: GEGLU(8, 6),
         "norm": lambda: nn.GroupNorm(4, 8),
+        "activated": lambda: nn.Sequential(nn.GroupNorm(4, 8), nn.SiLU()),
     }
     return layers[name]().requires_grad_(False)
 
@@ -53,14 +54,14 @@ def passed(layer: nn.Module, x: Tensor, autocast: bool) -> tuple[Tensor, Tensor,
     return output.detach(), x.grad, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("name", ["convolution", "pointwise", "linear", "gated", "norm"])
+@pytest.mark.parametrize("name", ["convolution", "pointwise", "linear", "gated", "norm", "activated"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_a_frozen_layer_gives_the_same_and_keeps_less(name, autocast):
     plain, little = make(name), make(name)
     keep_little(little, torch.bfloat16 if autocast else torch.float32)
     speed_up_norms(little)
     # as in the network, what reaches a normalization under autocast is in bf16
-    x = inputs(name, torch.bfloat16 if autocast and name == "norm" else torch.float32)
+    x = inputs(name, torch.bfloat16 if autocast and name in ("norm", "activated") else torch.float32)
     output, gradient, before = passed(plain, x, autocast)
     found, back, after = passed(little, x, autocast)
     assert found.dtype == output.dtype and back.dtype == gradient.dtype
@@ -71,11 +72,35 @@ def test_a_frozen_layer_gives_the_same_and_keeps_less(name, autocast):
     assert after <= before and (after < before or name in ("norm", "linear"))
 
 
-@pytest.mark.parametrize("name", ["convolution", "pointwise", "linear", "gated"])
+@pytest.mark.parametrize("name", ["convolution", "pointwise", "linear", "gated", "activated"])
 def test_without_gradients_a_layer_is_the_one_that_it_was(name):
     plain, little = make(name), keep_little(make(name), torch.float32)
     with torch.no_grad():
         assert torch.equal(little(inputs(name)), plain(inputs(name)))
+
+
+def test_what_is_cheap_to_compute_again_is_not_kept():
+    unit = keep_little(GEGLU(8, 32).requires_grad_(False), torch.float32)
+    x = inputs("gated")
+    assert passed(unit, x, autocast=False)[2] == x.untyped_storage().nbytes()
+    norm, both = (speed_up_norms(keep_little(make(name), torch.float32)) for name in ("norm", "activated"))
+    x = inputs("norm")
+    assert passed(both, x, autocast=False)[2] == passed(norm, x, autocast=False)[2]
+
+
+def test_a_delta_on_the_projection_of_a_gated_unit_takes_part():
+    unit = keep_little(make("gated"), torch.float32)
+    added = torch.full((12, 8), 0.1, requires_grad=True)
+    handle = unit.proj.register_forward_hook(lambda module, given, output: output + given[0] @ added.t())
+    plain = make("gated")
+    with torch.no_grad():
+        plain.proj.weight += 0.1
+    output, gradient, _ = passed(unit, inputs("gated"), autocast=False)
+    expected, back, _ = passed(plain, inputs("gated"), autocast=False)
+    handle.remove()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, back)
+    assert added.grad.abs().sum() > 0
 
 
 def test_under_autocast_no_copy_of_a_frozen_weight_is_kept():
@@ -97,7 +122,7 @@ def test_a_weight_that_is_trained_gets_its_gradient(name):
 
 
 def test_gradients_are_those_of_finite_differences():
-    for name in ("convolution", "gated"):
+    for name in ("convolution", "gated"):  # normalization computes in fp32, which finite differences do not bear
         layer = keep_little(make(name).double(), torch.float64)
         x = inputs(name, torch.float64)[:1].requires_grad_(True)
         assert torch.autograd.gradcheck(layer, (x,))
