@@ -94,7 +94,7 @@ def steps(results: Mapping[str, Any]) -> str:
         [f"`{name}`", f"{case['seconds']:.1f}", f"{case['peak_gb']:.2f}", f"{case['peak_gb'] - case['loaded_gb']:.2f}"]
         for name, case in results["step"]["cases"].items()
     ]
-    return tables.table(["a step", "seconds", "peak memory, GB", "beyond the loaded models, GB"], rows)
+    return tables.table(["a step", "seconds", "memory in use at most, GB", "beyond the loaded models, GB"], rows)
 
 
 def note(results: Mapping[str, Any]) -> str:
