@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -33,6 +32,7 @@ from .delta_header import delta_header
 from .denoiser import Denoiser
 from .errors import AblationError
 from .progress import ProgressCallback, Reporter
+from .prompts import says
 from .subsets import select
 from .token_alignment import align, is_padding
 
@@ -310,9 +310,8 @@ def _holding(contexts: _Contexts, prompts: Sequence[str], weight: float, padding
 def _without_targets(generic: Sequence[str], concepts: Sequence[Concept]) -> Sequence[str]:
     """The generic prompts, none of which may name what is to go."""
     for concept in concepts:
-        name = re.compile(rf"(?<!\w){re.escape(concept.target)}(?!\w)", re.IGNORECASE)
         for prompt in generic:
-            if name.search(prompt):
+            if says(concept.target, prompt):
                 raise AblationError(f"The generic prompt '{prompt}' names the target '{concept.target}': take it out.")
     return generic
 

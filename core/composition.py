@@ -18,7 +18,7 @@ from torch import Tensor
 from .concept import Concept, pairs
 from .errors import AblationError
 from .metrics import Judge
-from .prompts import PromptSource, distinct, fill, normalise, replace_noun
+from .prompts import PromptSource, distinct, fill, normalise, replace_noun, says, word_pattern
 from .statistics import Estimate, difference_interval, mean_interval, share_interval
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
@@ -163,7 +163,7 @@ def composed_prompts(name: str, concept: Concept, source: PromptSource, each: in
 
 def said_word(prompt: str, options: Sequence[str]) -> str | None:
     """Which of `options` occurs in `prompt` as a whole word, in any case; None if none or several do."""
-    found = [option for option in dict.fromkeys(options) if re.search(_word(option), prompt, re.IGNORECASE)]
+    found = [option for option in dict.fromkeys(options) if says(option, prompt)]
     return found[0] if len(found) == 1 else None
 
 
@@ -186,7 +186,7 @@ def obeys(pictures: Tensor, prompt: str, judge: Judge, options: Sequence[str]) -
     if said is None:
         raise ValueError(f"{prompt!r} has not exactly one of {list(options)}")
     others = [option for option in dict.fromkeys(options) if option != said]
-    texts = [replace_noun(_word(said), prompt, word) for word in (said, *others)]
+    texts = [replace_noun(word_pattern(said), prompt, word) for word in (said, *others)]
     similar = pictures @ judge.embed_texts(texts).t()
     return (similar[:, 0] > similar[:, 1:].amax(dim=1)).numpy()
 
@@ -263,7 +263,3 @@ def shift(one: Layout, other: Layout, height: int, width: int) -> float:
 def _same_size(one: float, other: float) -> bool:
     small, large = sorted((one, other))
     return large < AREA_KEPT * small or large == small
-
-
-def _word(text: str) -> str:
-    return rf"(?<!\w){re.escape(text)}(?!\w)"

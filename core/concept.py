@@ -6,7 +6,6 @@ Where templates come from is left to `prompts.py`.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from itertools import zip_longest
 from typing import Literal, get_args
 
 from .errors import AblationError
-from .prompts import PromptSource, collapse, distinct, fill, normalise, replace_noun
+from .prompts import PromptSource, collapse, distinct, fill, normalise, replace_noun, says, word_pattern
 
 Kind = Literal["instance", "style", "memorized"]
 
@@ -251,18 +250,13 @@ def _append(prompt: str, suffix: str, name: str) -> str:
 
 def _replace_name(prompt: str, name: str, other: str) -> str:
     """`prompt` with `other` for every `name`, or for every plural where the prompt has no singular."""
-    if re.search(_word(name), prompt, re.IGNORECASE):
-        return replace_noun(_word(name), prompt, other)
-    return replace_noun(_word(name + "s"), prompt, other + "s")
-
-
-def _word(name: str) -> str:
-    """Regular expression for `name` as whole words (`\\b` fails on names that end in a bracket or other symbol)."""
-    return rf"(?<!\w){re.escape(name)}(?!\w)"
+    if says(name, prompt):
+        return replace_noun(word_pattern(name), prompt, other)
+    return replace_noun(word_pattern(name + "s"), prompt, other + "s")
 
 
 def _names(text: str, name: str) -> bool:
-    return any(re.search(_word(form), text, re.IGNORECASE) for form in (name, name + "s"))
+    return any(says(form, text) for form in (name, name + "s"))
 
 
 def _captions(concept: Concept) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .concept import Concept
 from .denoiser import Denoiser
 from .errors import AblationError
-from .prompts import distinct, fill, normalise, varied
+from .prompts import distinct, fill, normalise, says, varied, word_pattern
 
 
 @torch.no_grad()
@@ -59,21 +59,28 @@ def holdable(names: Iterable[str], concepts: Sequence[Concept]) -> tuple[str, ..
     """
     targets = [normalise(concept.target) for concept in concepts]
     anchors = {normalise(concept.anchor) for concept in concepts}
-    containing = [re.compile(rf"(?<!\w){re.escape(target)}s?(?!\w)") for target in targets]
+    containing = [re.compile(word_pattern(target) + "|" + word_pattern(f"{target}s")) for target in targets]
 
     def free(name: str) -> bool:
         own = normalise(name)
-        within = re.compile(rf"(?<!\w){re.escape(own)}(?!\w)")
         return own not in anchors and not any(
-            pattern.search(own) or within.search(target) for pattern, target in zip(containing, targets, strict=True)
+            pattern.search(own) or says(own, target) for pattern, target in zip(containing, targets, strict=True)
         )
 
     return distinct(filter(free, names))
 
 
 def generic_prompts(denoiser: Denoiser, concepts: Sequence[Concept], count: int) -> tuple[str, ...]:
-    """Up to `count` training prompts of all sorts of concepts that the model knows, none of them of `concepts`."""
-    templates = denoiser.prompt_source.instance_train
+    """Up to `count` training prompts of all sorts of concepts that the model knows, none of which names a target: a
+    training template may name a style.
+    """
+    templates = [
+        text
+        for text in denoiser.prompt_source.instance_train
+        if not any(says(concept.target, text) for concept in concepts)
+    ]
+    if not templates:
+        return ()
     names = varied(holdable(denoiser.vocabulary.instances, concepts))[:count]
     return tuple(fill(templates[index % len(templates)], name) for index, name in enumerate(names))
 

@@ -37,6 +37,16 @@ def normalise(text: str) -> str:
     return collapse(text).casefold()
 
 
+def word_pattern(name: str) -> str:
+    """Regular expression for `name` as whole words (`\\b` fails on names that end in a bracket or other symbol)."""
+    return rf"(?<!\w){re.escape(name)}(?!\w)"
+
+
+def says(name: str, text: str) -> bool:
+    """Whether a text has a name in it, as whole words in upper or lower case."""
+    return re.search(word_pattern(name), text, re.IGNORECASE) is not None
+
+
 def distinct(texts: Iterable[str]) -> tuple[str, ...]:
     """`texts` without those that repeat an earlier one after `normalise`; order kept."""
     first: dict[str, str] = {}

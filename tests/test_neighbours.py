@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from concept_ablation.core.closed_form import ClosedFormSettings, prompts
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.denoiser import Conditioning
 from concept_ablation.core.errors import AblationError
@@ -69,6 +70,15 @@ def test_generic_prompts_are_training_prompts_without_the_targets(tiny):
     assert not [prompt for prompt in made if "cat" in prompt.split() or "dog" in prompt]
     for name in COMMON.instances:
         assert not set(evaluation_prompts(name, CAT, tiny.prompt_source)) & set(made)
+
+
+def test_generic_prompts_name_no_target_that_a_training_template_names(emoji):
+    style = Concept("twemoji", "emoji", "style")
+    assert any("twemoji" in template for template in emoji.prompt_source.instance_train)
+    made = generic_prompts(emoji, [style], 40)
+    assert len(set(made)) == 40 and not [prompt for prompt in made if "twemoji" in prompt]
+    # what an ablation of the style by the closed form asks for
+    prompts(emoji, [style], ClosedFormSettings(), [("noto",)], made)
 
 
 def test_the_embedded_models_hints_say_what_it_knows(emoji):
