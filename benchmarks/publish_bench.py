@@ -21,13 +21,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import marked
+
 from concept_ablation.core.bench.store import Store
 from concept_ablation.core.bench.tables import conclusions, evaluations, is_default, markdown, provenance
 from concept_ablation.core.files import replacing, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BEGIN, END = "<!-- bench: made by benchmarks/publish_bench.py -->", "<!-- /bench -->"
+MARKERS = "<!-- bench: made by benchmarks/publish_bench.py -->", "<!-- /bench -->"
 JOBS = "jobs.jsonl"
 README_PLOTS = ("objectives", "subsets", "memorized")
 
@@ -55,21 +57,6 @@ def picture(plot: Path, base: Path) -> str:
     return f"![{plot.stem}]({Path(os.path.relpath(plot, base)).as_posix()})"
 
 
-def between_markers(text: str, content: str, heading: str) -> str:
-    """`text` with `content` between the markers, or with such a section at its end.
-
-    Raises:
-        ValueError: only one of the markers is there.
-    """
-    block = f"{BEGIN}\n{content}\n{END}"
-    if BEGIN not in text and END not in text:
-        return f"{text.rstrip()}\n\n{heading}\n\n{block}\n".lstrip()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected {BEGIN} and {END} once each")
-    head, rest = text.split(BEGIN)
-    return f"{head}{block}{rest.split(END)[1]}"
-
-
 def publish(output: Path, root: Path = ROOT) -> None:
     """Copy the results of the benchmark in `output` into the repository at `root`."""
     folder = root / "benchmarks" / "results"
@@ -86,8 +73,7 @@ def publish(output: Path, root: Path = ROOT) -> None:
         (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
         (root / "README.md", summary, "## Benchmark"),
     ):
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        write_text(path, between_markers(text, make(results, plots, path.parent), heading))
+        marked.put(path, MARKERS, make(results, plots, path.parent), heading)
 
 
 def restore(output: Path, root: Path = ROOT) -> int:

@@ -9,7 +9,7 @@ tasks  Six ablations of the embedded model (speed_tasks.toml) with each preset: 
        of their own and are all timed; the first one's delta is evaluated. `paper` draws 1,000 images of 25 steps.
 step   One training step on a model of Stable Diffusion 1.5's size (speed_reference.py), each case in its own process.
 
-    python benchmarks/speed.py                  both; writes results/speed.json, results/speed.png, the README's table
+    python benchmarks/speed.py                  both; writes results/speed.json and .png, tables of the READMEs
     python benchmarks/speed.py --only step      one of them; the other's figures stay if they are of the same code
     python benchmarks/speed.py --tiny           a minute, to see that it runs; writes below outputs/ only
 """
@@ -298,9 +298,9 @@ def main() -> None:
     if found["tasks"]:
         speed_report.write_plot(found, results.with_suffix(".png"))
         if options.tiny:
-            print(speed_report.table(found))
+            print(speed_report.section(found))
         else:
-            speed_report.write_table(found, ROOT / "README.md")
+            speed_report.publish(found, ROOT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What speed.py's results look like: the plot of accuracy against time and the README's tables."""
+"""What speed.py's results look like: the plot of accuracy against time and the READMEs' tables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import marked
 from matplotlib.figure import Figure
 
 from concept_ablation.core.bench import tables
-from concept_ablation.core.files import replacing, write_text
+from concept_ablation.core.files import replacing
 
-BEGIN, END = "<!-- speed: made by benchmarks/speed.py -->", "<!-- /speed -->"
+MARKERS = "<!-- speed: made by benchmarks/speed.py -->", "<!-- /speed -->"
 COLOURS = ("#2a6467", "#c8553d", "#7a6ba8", "#8a8f3c", "#5b7c99", "#b0813d")
 
 
@@ -102,30 +103,30 @@ def note(results: Mapping[str, Any]) -> str:
     machine = results["environment"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     return (
-        f"{len(results['tasks'])} tasks of the embedded model, medians; CLIP accuracy with 95 % intervals. The loop of "
-        f"the training costs {results['ratios']['overhead']:.1%} over the bare network. Measured on {where}, torch "
-        f"{machine['torch']}, commit {machine['commit']}."
+        f"*{len(results['tasks'])} tasks of the embedded model, medians; CLIP accuracy with 95 % intervals. Measured "
+        f"on {where}, torch {machine['torch']}, commit {machine['commit']}.*"
     )
 
 
+def summary(results: Mapping[str, Any], picture: str) -> str:
+    """The main table and the plot: for README.md."""
+    return "\n\n".join([table(results), f"![Accuracy against time of every preset]({picture})", note(results)])
+
+
 def section(results: Mapping[str, Any]) -> str:
-    """All tables."""
+    """All tables: for benchmarks/README.md."""
     parts = [table(results), tasks(results), phases(results)]
     if results["step"]:
         parts.append(steps(results))
+    measured = {name: f"{value:.3f}" for name, value in results["ratios"].items() if value is not None}
+    parts.append(tables.table(list(measured), [list(measured.values())]))
     return "\n\n".join([*parts, note(results)])
 
 
-def write_table(results: Mapping[str, Any], readme: Path) -> None:
-    """Put the tables between their markers in the README; without markers they are printed."""
-    text = readme.read_text(encoding="utf-8")
-    made = section(results)
-    if BEGIN not in text or END not in text:
-        print(f"{readme.name} has no {BEGIN} … {END}; the tables:\n{made}")
-        return
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    write_text(readme, f"{head}{BEGIN}\n{made}\n{END}{tail}")
+def publish(results: Mapping[str, Any], root: Path) -> None:
+    """Put the tables into the repository's READMEs."""
+    marked.put(root / "README.md", MARKERS, summary(results, "benchmarks/results/speed.png"), "## Speed")
+    marked.put(root / "benchmarks" / "README.md", MARKERS, section(results), "## Speed")
 
 
 def _interval(estimate: Mapping[str, float | None]) -> str:

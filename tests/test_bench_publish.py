@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -15,12 +16,11 @@ from concept_ablation.core.files import write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("publish_bench", ROOT / "benchmarks" / "publish_bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch) -> ModuleType:
+    """The program, imported as Python finds it when it is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("publish_bench")
 
 
 def conclusion(text: str, verdict: str) -> dict[str, object]:
@@ -80,7 +80,8 @@ def test_results_are_put_between_markers_again_and_again(script, results, tmp_pa
     (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
     Image.new("RGB", (4, 4)).save(output / "plots" / "objectives.png")
     root.mkdir()
-    readme = f"# Title\n\n{script.BEGIN}\noutdated\n{script.END}\n\nThe rest.\n"
+    begin, end = script.MARKERS
+    readme = f"# Title\n\n{begin}\noutdated\n{end}\n\nThe rest.\n"
     (root / "README.md").write_text(readme, encoding="utf-8")
     for _ in range(2):
         script.publish(output, root)
@@ -90,12 +91,14 @@ def test_results_are_put_between_markers_again_and_again(script, results, tmp_pa
         assert "![objectives](benchmarks/results/bench/objectives.png)" in text
         assert "2.00 million network rows in 2.0 hours" in text and "Training diverged at step 3." in text
         own = (root / "benchmarks" / "README.md").read_text("utf-8")
-        assert own.startswith("## The paper's experiments\n") and own.count(script.BEGIN) == 1
+        assert own.startswith("## The paper's experiments\n") and own.count(begin) == 1
         assert "![objectives](results/bench/objectives.png)" in own
     assert (root / "benchmarks" / "results" / "bench" / "objectives.png").is_file()
     assert json.loads((root / "benchmarks" / "results" / "bench.json").read_text("utf-8")) == results
 
 
-def test_a_lonely_marker_is_refused(script):
+def test_a_lonely_marker_is_refused(script, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"text {script.MARKERS[0]}", encoding="utf-8")
     with pytest.raises(ValueError, match="once each"):
-        script.between_markers(f"text {script.BEGIN}", "content", "# Heading")
+        script.marked.put(path, script.MARKERS, "content", "# Heading")

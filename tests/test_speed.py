@@ -47,7 +47,7 @@ class CoinJudge:
 def modules(monkeypatch) -> SimpleNamespace:
     """The programs, imported as Python finds them when one of them is run."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("job_store", "measuring", "speed_presets", "speed_reference", "speed_report", "speed")
+    names = ("job_store", "measuring", "marked", "speed_presets", "speed_reference", "speed_report", "speed")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     found: dict[str, ModuleType] = {name: __import__(name) for name in names}
@@ -213,9 +213,11 @@ def test_the_ratios_come_from_medians_and_an_earlier_part_stays_only_beside_the_
 
 def test_the_cases_of_the_second_part_take_turns_in_processes_of_their_own(modules, tmp_path, monkeypatch):
     commands: list[list[str]] = []
+    environments: list[dict[str, str] | None] = []
 
-    def run(command, **options):
+    def run(command, env=None, **options):
         commands.append([str(part) for part in command])
+        environments.append(env)
         seconds = [float(len(commands)), float(len(commands) + 1)]
         found = {"seconds": seconds, "median": seconds[0], "loaded_gb": 1.0, "peak_gb": float(len(commands))}
         return SimpleNamespace(stdout=f"a warning\n{json.dumps(found)}\n")
@@ -224,12 +226,15 @@ def test_the_cases_of_the_second_part_take_turns_in_processes_of_their_own(modul
     how, store = modules.speed.Steps("tiny", 2, 2, 3), modules.job_store.JobStore(tmp_path)
     part = modules.speed.measure_steps(store, {}, how)
     cases = modules.speed_reference.CASES
-    assert [command[2] for command in commands] == [*cases] * 3
+    assert [command[2] for command in commands] == [*cases] * 4
     assert all(command[0] == sys.executable and Path(command[1]).name == "speed_reference.py" for command in commands)
     assert commands[0][3:] == ["--batch", "2", "--steps", "2", "--size", "tiny"]
-    # the first case was process 1, 7 and 13
-    assert part["cases"]["reference"]["peak_gb"] == 7 and part["cases"]["reference"]["seconds"] == 7.5
-    assert modules.speed.measure_steps(store, {}, how) == part and len(commands) == 18
+    # the first case was process 1, 7 and 13, and 19 for the memory in use
+    found = part["cases"]["reference"]
+    assert found["process_gb"] == 7 and found["seconds"] == 7.5 and found["peak_gb"] == 19
+    assert environments[:18] == [None] * 18 and "MALLOC_MMAP_THRESHOLD_" in environments[18]
+    assert commands[18][3:] == ["--batch", "2", "--steps", "1", "--size", "tiny"]
+    assert modules.speed.measure_steps(store, {}, how) == part and len(commands) == 24
 
 
 @pytest.mark.parametrize(
@@ -286,12 +291,14 @@ def test_the_plot_and_the_table_show_every_preset(modules, tmp_path):
     assert "| fox → animal | 0.90 (0.90) | 0.10 (0.80) | 0.20 (0.70) |" in report.tasks(results)
     assert report.phases(results).splitlines()[2:] == ["| `fast` | 0.2 | 7.0 |  |", "| `paper` | 0.2 |  | 7.0 |"]
     assert "| `ours` | 3.2 | 4.50 | 1.50 |" in report.steps(results)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "utf-8")
-    report.write_table(results, readme)
-    text = readme.read_text("utf-8")
-    assert text.startswith(f"before\n{report.BEGIN}\n| preset |") and text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text and "3.1%" in text and "commit abc" in text
+    begin, end = report.MARKERS
+    (tmp_path / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n", "utf-8")
+    report.publish(results, tmp_path)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert text.startswith(f"before\n{begin}\n| preset |") and text.endswith(f"{end}\nafter\n")
+    assert "old" not in text and "commit abc" in text and "fox" not in text
+    own = (tmp_path / "benchmarks" / "README.md").read_text("utf-8")
+    assert own.startswith("## Speed\n") and "fox → animal" in own and "| 0.031 | 0.400 | 0.600 |" in own
 
 
 def test_measured_tasks_are_not_those_that_settings_are_chosen_on():
