@@ -48,7 +48,7 @@ def write_plot(results: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("seconds from concept to delta (median)")
     axes.set_ylabel("CLIP accuracy")
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     with replacing(path) as temporary:
         figure.savefig(temporary)
 
