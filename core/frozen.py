@@ -174,7 +174,7 @@ class _Normalization(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
         normalized, mean, deviation = _group_norm(x, weight, bias, groups, eps)
         ctx.sizes = _sizes(x, groups)
-        ctx.save_for_backward(x, *_cast(torch.float32, weight), mean, deviation)
+        ctx.save_for_backward(x, weight, mean, deviation)
         return normalized.to(x.dtype)
 
     @staticmethod
@@ -184,7 +184,7 @@ class _Normalization(Function):
         layout = _layout(x)
         exact, upper = (part.float().contiguous(memory_format=layout) for part in (x, gradient))
         back, _, _ = torch.ops.aten.native_group_norm_backward(
-            upper, exact, mean, deviation, weight, *ctx.sizes, [True, False, False]
+            upper, exact, mean, deviation, *_cast(torch.float32, weight), *ctx.sizes, [True, False, False]
         )
         return back.to(x.dtype), None, None, None, None
 
