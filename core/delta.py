@@ -153,10 +153,27 @@ class Attachment:
         self.detach()
 
     def _hook(self, layer: LayerDelta) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        tensors = layer.tensors()
+        cast: dict[tuple[object, ...], LayerDelta] = {}
+
+        def as_computed(module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, LayerDelta]:
+            """The input and the change in the type that the layer computes in: the latter made once for all calls."""
+            if not isinstance(module, (nn.Linear, nn.Conv2d)) or any(tensor.requires_grad for tensor in tensors):
+                return x, layer
+            # an inference tensor counts no versions, and no gradient could go through what was made of it
+            versions = (tensor.is_inference() or tensor._version for tensor in tensors)
+            made_for = x.device, dtype, torch.is_inference_mode_enabled(), *versions
+            if made_for not in cast:
+                cast.clear()
+                cast[made_for] = layer.map(lambda tensor: tensor.to(x.device, dtype))
+            return x.to(dtype), cast[made_for]
+
         def add_contribution(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._enabled or self.strength == 0:
                 return None
-            return output + self.strength * contribution(module, inputs[0], layer).to(output.dtype)
+            change = contribution(module, *as_computed(module, inputs[0], output.dtype)).to(output.dtype)
+            # a training is always at 1, and would pay for the product twice
+            return output + (change if self.strength == 1 else self.strength * change)
 
         return add_contribution
 
@@ -167,6 +184,9 @@ def contribution(module: nn.Module, x: Tensor, layer: LayerDelta) -> Tensor:
     Raises:
         TypeError: the module is of a type that no delta can edit.
     """
+    if isinstance(module, nn.GroupNorm) and x.device.type == "cpu":
+        # there PyTorch's kernel for half precision is several times slower than the one for fp32
+        x = x.float()
     # token ids have no precision to follow
     dtype = x.dtype if x.is_floating_point() else None
     layer = layer.map(lambda tensor: tensor.to(x.device, dtype))

@@ -71,6 +71,38 @@ def test_embedding_rows_move_only_their_tokens():
     assert added[0, :, 0].tolist() == [0.0, 1.0, 2.0, 1.0]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Conv2d(4, 6, 3)], ids=["linear", "conv"])
+def test_a_change_is_cast_once_and_again_when_it_or_the_type_changes(tiny, layer, monkeypatch):
+    tiny.layers = {"layer": layer.requires_grad_(False)}
+    torch.manual_seed(3)
+    change = random_like(layer)
+    x = torch.randn(2, 5) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 5, 5)
+    expected = contribution(layer, x, change)
+    used = []
+    monkeypatch.setattr(
+        "concept_ablation.core.delta.contribution", lambda *given: used.append(given[2]) or contribution(*given)
+    )
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    with bf16:
+        plain = layer(x).float()
+    with Delta({"layer": change}).attach(tiny):
+        with bf16:
+            first = layer(x)
+            assert first.dtype == torch.bfloat16 and torch.equal(layer(x), first) and used[0] is used[1]
+            torch.testing.assert_close(first.float() - plain, expected, atol=0.1, rtol=0.02)
+            change.weight.mul_(2)
+            change.bias.mul_(2)
+            torch.testing.assert_close(layer(x).float() - plain, 2 * expected, atol=0.1, rtol=0.02)
+        exact = layer(x)
+        assert exact.dtype == torch.float32
+        with torch.inference_mode():
+            layer(x)
+        # what was made without gradients does not get in their way
+        wanted = x.clone().requires_grad_(True)
+        layer(wanted).sum().backward()
+        assert wanted.grad is not None
+
+
 def test_a_layer_that_cannot_be_edited_is_refused():
     with pytest.raises(TypeError, match="Bilinear"):
         contribution(nn.Bilinear(2, 2, 2), torch.zeros(1, 2), LayerDelta(torch.zeros(2, 2, 2)))

@@ -21,6 +21,7 @@ from ..files import replacing
 from ..leak_candidates import Words, plain_prompts, words_from_categories
 from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, scan, summary
 from ..leaks import write_leak_report as write_report
+from ..merged import merged
 from ..metrics import Judge
 from ..samplers import draw_images
 from ..statistics import share_interval
@@ -137,7 +138,7 @@ def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
 
 
 def _draw(bench: Bench, unit: Unit, folder: Path, delta: Delta | None, phase: str) -> np.ndarray:
-    with contextlib.nullcontext() if delta is None else delta.attach(bench.denoiser):
+    with contextlib.nullcontext() if delta is None else merged(delta, bench.denoiser):
         return pictures(bench.denoiser, unit, folder, bench.protocol, bench.batch, phase, bench.progress)
 
 
