@@ -77,7 +77,7 @@ def measure_tasks(bench: Bench, tasks: Sequence[Task], repeats: Mapping[str, int
     # the loop is measured on rows of its own, so it need not be of a preset that was compared
     trained = [name for name in repeats if name != "instant"]
     loop_preset = trained[0] if trained and "fast" not in trained else "fast"
-    floors = [bench.overhead(tasks[0], loop_preset, repeat) for repeat in range(max(repeats.values()))]
+    floors = [bench.overhead(tasks[0], loop_preset, repeat) for repeat in range(bench.sizes.floor_repeats)]
     drawn = [bench.hits(task, None) for task in tasks]
     part: dict[str, Any] = {
         "repeats": dict(repeats),

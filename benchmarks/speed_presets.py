@@ -42,6 +42,7 @@ class Sizes:
         training: fields of `TrainSettings` to replace, by preset.
         floor_steps: training steps of which the overhead over the bare network is measured.
         floor_trajectories: trajectories whose rows those steps are made of.
+        floor_repeats: how often that is done. The difference is a few hundredths, about what one repeat is off by.
     """
 
     evaluation: EvaluationSettings = field(
@@ -51,6 +52,7 @@ class Sizes:
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     floor_steps: int = 20
     floor_trajectories: int = 16
+    floor_repeats: int = 9
 
 
 TINY = Sizes(
@@ -63,6 +65,7 @@ TINY = Sizes(
     training={name: {"steps": 3, "batch": 4} for name in ("fast", "balanced", "paper")},
     floor_steps=3,
     floor_trajectories=2,
+    floor_repeats=2,
 )
 """To see that everything runs. The figures mean nothing."""
 

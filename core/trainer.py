@@ -187,7 +187,7 @@ def optimize(
     processes.begin_alike(parameters)
     gradients = Gradients(parameters, processes)
     # None lets PyTorch choose between its other implementations
-    fused = True if denoiser.device.type == "cuda" else None
+    fused = True if denoiser.device.type in ("cuda", "cpu") else None
     peak = settings.learning_rate * (LEARNING_RATE_FACTOR if settings.rank else 1.0)
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))

@@ -47,7 +47,7 @@ class CoinJudge:
 @pytest.fixture
 def modules(monkeypatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = ("job_store", "measuring", "many_concepts", "choose_presets")
+    names = ("job_store", "measuring", "many_concepts", "choose_presets", "speed_presets")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return SimpleNamespace(**{name: __import__(name) for name in names})
@@ -150,6 +150,8 @@ def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
     for preset, candidates in choose.CANDIDATES.items():
         plain = recipe(preset, model)
         assert candidates["as it is"].recipe(preset, model, "instance").training == plain.training
+        if preset == "paper":
+            continue
         halved = candidates["steps / 2"].recipe(preset, model, "instance")
         assert halved == replace(plain, training=halved.training, harvest=halved.harvest)
         assert halved.training == replace(plain.training, steps=plain.training.steps // 2)
@@ -159,6 +161,18 @@ def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
     assert fast["no closed form"].recipe("fast", model, "instance").closed_form is None
     closed = fast["closed form only"].recipe("fast", model, "instance")
     assert closed.training is None and closed.closed_form == recipe("fast", model).closed_form
+
+
+def test_the_rates_of_paper_are_tried_with_the_images_that_its_time_is_measured_with(modules, make_model):
+    choose, model = modules.choose_presets, make_model()
+    plain = recipe("paper", model, dataset={"sample": modules.speed_presets.PAPER_SAMPLE})
+    made = [candidate.recipe("paper", model, "instance") for candidate in choose.CANDIDATES["paper"].values()]
+    rates = [one.training.learning_rate / plain.training.learning_rate for one in made]
+    assert rates == pytest.approx([1, 1 / 3, 1 / 10, 1 / 30])
+    assert all(
+        replace(one, training=replace(one.training, learning_rate=plain.training.learning_rate)) == plain
+        for one in made
+    )
 
 
 def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_model, tmp_path, monkeypatch):
