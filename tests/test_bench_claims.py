@@ -234,6 +234,24 @@ def test_goals_are_met_or_missed_over_all_tasks():
     assert found.verdict == "missed" and set(found.numbers["by task"]) == {"memorized-0", "memorized-1"}
 
 
+def test_the_target_goal_says_what_pictures_of_the_anchor_would_get():
+    rows = [
+        replace(
+            one,
+            observations=(
+                *one.observations,
+                *(seen("anchor", 1.0, before=0.75 if one.kind == "style" else 1.0, judge=judge) for judge in JUDGES),
+            ),
+        )
+        for one in table(0.5)
+    ]
+    found = goal(rows, "target-accuracy")
+    assert found.reason == (
+        "Measured on all 4 tasks. Instances 0.56 with a floor of 0.00; styles 0.56 with a floor of 0.25."
+    )
+    assert found.numbers["style"]["floor"] == 0.25 and found.numbers["style"]["after"]["value"] == 0.5625
+
+
 def test_a_goal_over_part_of_the_tasks_is_not_measured():
     rows = [one for one in table(0.0) if one.task != "style-1"]
     found = goal(rows, "target-accuracy")

@@ -7,6 +7,7 @@ whatever the figure of the others is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..statistics import Estimate
@@ -60,9 +61,30 @@ def _target(tasks: Sequence[Task]) -> Rule:
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
         over = pool(_of_kinds(measured, _NAMED), ACCURACY, judge, TARGET)
-        return _at_most("target-accuracy", text, over, TARGET_GOAL, _named(tasks, _NAMED), judge)
+        claim = _at_most("target-accuracy", text, over, TARGET_GOAL, _named(tasks, _NAMED), judge)
+        by_kind = {kind: _with_floor(_of_kinds(measured, (kind,)), judge) for kind in _NAMED}
+        said = [
+            f"{kind}s {figures['after']['value']:.2f} with a floor of {figures['floor']:.2f}"
+            for kind, figures in by_kind.items()
+            if figures is not None
+        ]
+        reason = f"{claim.reason} {'; '.join(said).capitalize()}." if said else claim.reason
+        return replace(claim, reason=reason, numbers={**claim.numbers, **by_kind})
 
     return rule
+
+
+def _with_floor(rows: Sequence[Measured], judge: str | None) -> dict[str, Any] | None:
+    """Target accuracy, and what it would be of the pretrained model's pictures of the anchor: where the judge takes
+    some of those for the target, an edit that draws the anchor in its place comes no lower.
+    """
+    after, anchors = (
+        share(pool(rows, ACCURACY, judge, TARGET)),
+        share(pool(rows, ACCURACY, judge, ("anchor",)), "before"),
+    )
+    if after is None or anchors is None:
+        return None
+    return {"after": as_json(after), "floor": round(1 - anchors.value, 4)}
 
 
 def _misspelled(tasks: Sequence[Task]) -> Rule:
