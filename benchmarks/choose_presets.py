@@ -14,11 +14,15 @@ the closed form alone came out 0.09 below the best.)
 for the 25 sampling steps that speed.py gives it. Its own rate is one for Stable Diffusion, and the factor of the
 embedded model was found for presets that preserve.
 
+`subsets` chooses the learning rate of `balanced` for each subset that is not its default: the one with the best score.
+Memorized pictures get that of `full`: all eight are in what is reported, so none is left to choose by.
+
 Writes results/preset_PRESET.json with every figure. Finished candidates are kept (job_store.py).
 
     python benchmarks/choose_presets.py fast
     python benchmarks/choose_presets.py balanced
     python benchmarks/choose_presets.py paper
+    python benchmarks/choose_presets.py subsets
     python benchmarks/choose_presets.py fast --again    choose again among the candidates in results/preset_fast.json
     python benchmarks/choose_presets.py fast --tiny     to see that it runs; writes below outputs/ only
 """
@@ -41,6 +45,7 @@ from concept_ablation.core.bench.pace import dataset_rows, training_rows
 from concept_ablation.core.concept import Kind
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Denoiser
+from concept_ablation.core.errors import Diverged
 from concept_ablation.core.evaluation import EvaluationSettings, make_jobs
 from concept_ablation.core.files import write_json
 from concept_ablation.core.hosts.diffusers import load_denoiser
@@ -55,7 +60,9 @@ TASKS = Path(__file__).with_name("development_tasks.toml")
 FIRST_SEED = 1000
 MARGIN = 0.05
 """About half of what the accuracy of 40 pictures can tell."""
-MARGINS = {"fast": MARGIN, "balanced": MARGIN, "paper": 0.0}
+MARGINS = {"fast": MARGIN, "balanced": MARGIN, "paper": 0.0, "subsets": 0.0}
+RATES = {"full": (0.1, 0.03, 0.01), "attn": (1, 0.3), "embedding": (1, 0.3, 0.1)}
+"""By subset: factors on the learning rate that it had."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Candidate:
 
     def recipe(self, preset: str, denoiser: Denoiser, kind: Kind) -> Recipe:
         """The preset's recipe with these changes."""
-        made = recipe(preset, denoiser, kind, subset=self.subset)
+        made = recipe("balanced" if preset == "subsets" else preset, denoiser, kind, subset=self.subset)
         if not self.trained:
             return replace(made, harvest=None, training=None)
         if not self.warm:
@@ -147,6 +154,11 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
             for divisor in (3, 10, 30)
         },
     },
+    "subsets": {
+        f"{subset}, rate x {factor:g}": Candidate({"learning_rate": factor}, subset=subset)
+        for subset, factors in RATES.items()
+        for factor in factors
+    },
 }
 
 
@@ -170,11 +182,12 @@ def _tiny(made: Recipe) -> Recipe:
     if made.training is None:
         return made
     name = "harvest" if made.harvest is not None else "dataset"
-    small = {"trajectories" if made.harvest else "images": 2, "preserve": 2, "sample": SampleSettings(steps=2)}
+    drawn = getattr(made, name)
+    small = {"trajectories" if made.harvest else "images": 2, "preserve": min(2, drawn.preserve)}
     if made.harvest is not None:
         small["keep"] = ()
-    drawn = replace(getattr(made, name), **small)
-    training = replace(made.training, steps=2, batch=4, preserve_batch=4)
+    drawn = replace(drawn, sample=SampleSettings(steps=2), **small)
+    training = replace(made.training, steps=2, batch=4, preserve_batch=min(4, made.training.preserve_batch))
     return replace(made, training=training, **{name: drawn})
 
 
@@ -214,15 +227,21 @@ class Bench:
         # images that several candidates train on are drawn once
         drawn = {**self._inputs(task), "dataset": asdict(made.dataset)} if made.dataset else None
         folder = self.store.path(f"dataset-{task.name}", drawn, "") if drawn else None
+        tasks = [Ablated(task.concept, task.surrounding)]
+        diverged, delta = None, None
         with PhaseMeter(denoiser) as meter:
-            tasks = [Ablated(task.concept, task.surrounding)]
-            delta = ablate(denoiser, tasks, made, directory=folder, on_progress=meter).delta
+            try:
+                delta = ablate(denoiser, tasks, made, directory=folder, on_progress=meter).delta
+            except Diverged as error:
+                diverged = str(error)
         return {
             "seconds": meter.seconds,
             "phases": meter.summary(),
             "rows": dataset_rows(made, 1) + training_rows(made),
             "recipe": _stored(made),
+            # an ablation that failed has changed nothing
             "hits": self._hits(task, denoiser, delta),
+            "diverged": diverged,
         }
 
     def _hits(self, task: Task, denoiser: Denoiser, delta: Delta | None) -> dict[str, list[list[int]]]:
@@ -251,6 +270,7 @@ def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) ->
                 "recipe": tried["recipe"],
                 "seconds": tried["seconds"],
                 "phases": tried["phases"],
+                "diverged": tried["diverged"],
                 "target": [plain(accuracy(only(one, [task.concept.target]))) for one in (before, tried["hits"])],
                 "surrounding": [plain(accuracy(only(one, task.surrounding))) for one in (before, tried["hits"])],
             }
@@ -266,6 +286,14 @@ def score(before: Hits, after: Hits, task: Task) -> float:
         first, second = (accuracy(only(found, names)).value for found in (before, after))
         falls.append(first - second)
     return falls[0] - falls[1]
+
+
+def choice(preset: str, rows: Sequence[Mapping[str, Any]], margin: float) -> str | dict[str, str]:
+    """What is chosen for a preset; for `subsets` by subset."""
+    if preset != "subsets":
+        return chosen(rows, margin)
+    groups = {subset: [found for found in rows if found["candidate"].startswith(f"{subset},")] for subset in RATES}
+    return {subset: chosen(found, margin) for subset, found in groups.items()}
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], margin: float) -> str:
@@ -298,9 +326,9 @@ def main() -> None:
     results = (folder if options.tiny else RESULTS) / f"preset_{options.preset}.json"
     if options.again:
         found = json.loads(results.read_text(encoding="utf-8"))
-        choice = chosen(found["rows"], found["margin"])
-        write_json(results, {**found, "chosen": choice})
-        print(f"chosen: {choice}")
+        again = choice(options.preset, found["rows"], found["margin"])
+        write_json(results, {**found, "chosen": again})
+        print(f"chosen: {again}")
         return
     tasks = load_tasks(TASKS).tasks[: 1 if options.tiny else None]
     tasks = [task for task in tasks if task.name in (options.tasks or [task.name])]
@@ -316,7 +344,7 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     if options.tasks or options.candidates:
         return
-    choice = chosen(rows, MARGINS[options.preset])
+    made = choice(options.preset, rows, MARGINS[options.preset])
     write_json(
         results,
         {
@@ -324,12 +352,12 @@ def main() -> None:
             "environment": machine,
             "evaluation": _stored(sizes.evaluation),
             "margin": MARGINS[options.preset],
-            "chosen": choice,
+            "chosen": made,
             "tasks": [task.name for task in tasks],
             "rows": rows,
         },
     )
-    print(f"chosen: {choice}")
+    print(f"chosen: {made}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from concept_ablation.core.concept import judge_texts
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Conditioning, Denoiser
 from concept_ablation.core.evaluation import EvaluationSettings, Job, draw
+from concept_ablation.core.merged import merged
 from concept_ablation.core.metrics import Judge, clip_hits
 from concept_ablation.core.progress import Progress
 from concept_ablation.core.statistics import Estimate, difference_interval, share_interval
@@ -30,7 +31,7 @@ def hits(
     denoiser: Denoiser, judge: Judge, jobs: Sequence[Job], settings: EvaluationSettings, delta: Delta | None = None
 ) -> dict[str, list[list[int]]]:
     """Draw `jobs`, with `delta` or without an edit, and judge every picture."""
-    with nullcontext() if delta is None else delta.attach(denoiser):
+    with nullcontext() if delta is None else merged(delta, denoiser):
         drawn = draw(denoiser, jobs, settings, "Drawing")
     found = {}
     for job, images in zip(jobs, drawn.images, strict=True):

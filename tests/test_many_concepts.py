@@ -121,6 +121,21 @@ def test_the_cheapest_candidate_within_the_margin_is_chosen(modules):
     assert modules.choose_presets.chosen([*rows, found("closed form only", 0.60, 0)], 0.05) == "near"
 
 
+def test_rates_are_chosen_for_each_subset_by_itself(modules, make_model):
+    choose, model = modules.choose_presets, make_model()
+    scores = {"full, rate x 0.1": 0.2, "full, rate x 0.03": 0.6, "attn, rate x 1": 0.5, "embedding, rate x 0.3": 0.4}
+    rows = [found(name, scores.get(name, 0.1), 900) for name in choose.CANDIDATES["subsets"]]
+    assert choose.choice("subsets", rows, 0.0) == {
+        "full": "full, rate x 0.03",
+        "attn": "attn, rate x 1",
+        "embedding": "embedding, rate x 0.3",
+    }
+    made = choose.CANDIDATES["subsets"]["full, rate x 0.03"].recipe("subsets", model, "instance")
+    plain = recipe("balanced", model, subset="full")
+    rate = pytest.approx(0.03 * plain.training.learning_rate)
+    assert made == replace(plain, training=made.training) and made.training.learning_rate == rate
+
+
 def test_a_choice_is_made_again_among_what_was_measured(modules, tmp_path, monkeypatch, capsys):
     rows = [found("best", 0.60, 900), found("near", 0.56, 300)]
     write_json(tmp_path / "preset_fast.json", {"rows": rows, "chosen": "best", "margin": 0.05})
@@ -148,6 +163,8 @@ def test_the_range_of_noise_levels_is_a_range_of_sampling_steps(modules, steps, 
 def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
     choose, model = modules.choose_presets, make_model()
     for preset, candidates in choose.CANDIDATES.items():
+        if preset == "subsets":
+            continue
         plain = recipe(preset, model)
         assert candidates["as it is"].recipe(preset, model, "instance").training == plain.training
         if preset == "paper":
@@ -181,12 +198,12 @@ def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_
     asked, model = [], make_model()
     encode = type(model)._encode
     monkeypatch.setattr(type(model), "_encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
-    for preset in choose.CANDIDATES:
+    for preset in ("fast", "balanced", "paper"):
         bench = choose.Bench(preset, make_model, CoinJudge(), choose.TINY, store, {})
         made = choose.row(bench, [CAT], "as it is", choose.Candidate())
         # target and preserved, 2 trajectories or images each, of 2 guided steps; 2 training steps
-        teacher = 0 if preset == "fast" else 1
-        assert made["rows"] == 2 * 2 * 2 * 2 + (3 + teacher) * (2 * 8) and json.dumps(made)
+        teacher, sorts = 0 if preset == "fast" else 1, 1 if preset == "paper" else 2
+        assert made["rows"] == sorts * (2 * 2 * 2 + (3 + teacher) * (2 * 4)) and json.dumps(made)
         counted = sum(phase["forward"] + 3 * phase["trained"] for phase in made["tasks"][CAT.name]["phases"].values())
         assert counted == made["rows"]
         before = len(asked)
