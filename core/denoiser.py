@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ class Denoiser(ABC):
         vocabulary: concepts that it knows, to choose from what to preserve.
         device: where latents and conditioning belong.
         learning_rate_scale: what the learning rates of Stable Diffusion 1.x are multiplied by for this model.
+        learning_rate_scales: the same for subsets that want another factor, by name.
         gradient_scale: what a loss is multiplied by before the backward pass and gradients are divided by after it.
             Above 1 where the network computes in fp16, whose smallest numbers would swallow a gradient.
     """
@@ -101,6 +103,7 @@ class Denoiser(ABC):
     device: torch.device
     vocabulary: Vocabulary = COMMON
     learning_rate_scale: float = 1.0
+    learning_rate_scales: Mapping[str, float] = MappingProxyType({})
     gradient_scale: float = 1.0
 
     def __init__(self) -> None:

@@ -99,6 +99,7 @@ def test_predictions_conditioning_and_images_are_those_of_the_diffusers_host(our
     assert ours.tokenize("grumpy cat") == reference.tokenize("grumpy cat")
     assert ours.latent_shape == reference.latent_shape and ours.architecture == reference.architecture
     assert ours.learning_rate_scale == reference.learning_rate_scale
+    assert ours.learning_rate_scales == reference.learning_rate_scales
 
 
 def test_layers_have_the_names_of_the_diffusers_host(ours, reference):

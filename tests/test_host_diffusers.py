@@ -74,6 +74,7 @@ def test_the_embedded_model_is_the_default_and_brings_its_prompts_and_hints(emoj
     assert emoji.prompt_source != BUILT_IN and "{} emoji" in emoji.prompt_source.instance_train
     hints = json.loads((EMBEDDED_MODEL / "ablation_hints.json").read_text("utf-8"))
     assert emoji.learning_rate_scale == hints["learning_rate_scale"] != 1.0
+    assert emoji.learning_rate_scales == hints["learning_rate_scales"] != {}
 
 
 def test_a_folder_in_half_precision_is_computed_in_the_chosen_one(folder, tiny):
@@ -258,6 +259,7 @@ def test_a_tokenizer_without_its_settings_still_fits_the_text_encoder(folder, ti
         ("vae/config.json", {"encoder_block_out_channels": [16, 16]}),
         ("scheduler/scheduler_config.json", {"beta_schedule": "banana"}),
         ("ablation_hints.json", {"learning_rate_scale": "fast"}),
+        ("ablation_hints.json", {"learning_rate_scale": 2, "learning_rate_scales": {"full": "fast"}}),
         ("ablation_hints.json", {"other": 1}),
     ],
 )

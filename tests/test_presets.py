@@ -42,13 +42,18 @@ def test_learning_rates_follow_the_model(tiny):
     tiny.learning_rate_scale = 100.0
     assert recipe("balanced", tiny).training.learning_rate == pytest.approx(100 * plain)
     assert recipe("balanced", tiny, training={"learning_rate": 0.5}).training.learning_rate == 0.5
+    full = recipe("balanced", tiny, subset="full").training.learning_rate
+    tiny.learning_rate_scales = {"full": 10.0}
+    assert recipe("balanced", tiny, subset="full").training.learning_rate == pytest.approx(full / 10)
+    assert recipe("balanced", tiny, "memorized").training.learning_rate == pytest.approx(full / 10)
+    assert recipe("balanced", tiny).training.learning_rate == pytest.approx(100 * plain)
 
 
 def test_the_images_follow_the_objective(tiny):
     assert recipe("balanced", tiny, objective="noise").dataset.source == "anchor"
     assert recipe("balanced", tiny, objective="reverse-kl").dataset.source == "target"
     # whose images are no pairs of a picture and its anchor caption to regularize with
-    forgotten = [recipe("balanced", tiny, "memorized", objective=name) for name in ("model", "reverse-kl")]
+    forgotten = [recipe("paper", tiny, "memorized", objective=name) for name in ("model", "reverse-kl")]
     assert [made.training.regularization for made in forgotten] == [1.0, 0.0]
 
 

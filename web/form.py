@@ -316,7 +316,7 @@ def _combinations(
 
 def _recipe(preset: str, kind: str, **changes: Any) -> Recipe:
     # a learning rate is the model's own affair, everything else is the same for all models
-    return recipe(preset, SimpleNamespace(learning_rate_scale=1.0), kind, **changes)  # type: ignore[arg-type]
+    return recipe(preset, SimpleNamespace(learning_rate_scale=1.0, learning_rate_scales={}), kind, **changes)  # type: ignore[arg-type]
 
 
 def _check_neighbours(value: int) -> None:

@@ -75,7 +75,8 @@ def load_emoji_diffusion(folder: Path = EMBEDDED_MODEL) -> tuple[ModelPatcher, C
         inner, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()
     )
     edge = 8 * parts.unet.config.sample_size
-    model.set_attachments(HINTS, Hints(_NAME, hints.prompt_source, hints.learning_rate_scale, edge, hints.vocabulary))
+    rates = hints.learning_rate_scale, hints.learning_rate_scales
+    model.set_attachments(HINTS, Hints(_NAME, hints.prompt_source, rates[0], edge, hints.vocabulary, rates[1]))
 
     text = _under(tensors, TEXT_PREFIX)
     own = {name: getattr(parts.text_encoder.config, name) for name in _TEXT_SETTINGS}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,7 @@ class Hints:
     size: int
     """Native edge of its images, in pixels."""
     vocabulary: Vocabulary = COMMON
+    learning_rate_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 class ComfyDenoiser(PatcherDenoiser):
@@ -84,6 +85,7 @@ class ComfyDenoiser(PatcherDenoiser):
         self.vocabulary = hints.vocabulary if hints else COMMON
         self.device = model.load_device
         self.learning_rate_scale = hints.learning_rate_scale if hints else 1.0
+        self.learning_rate_scales = hints.learning_rate_scales if hints else {}
         compute = inner.manual_cast_dtype or inner.get_dtype()
         self.gradient_scale = gradient_scale(compute)
         self._inner = inner

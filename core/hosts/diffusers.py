@@ -216,8 +216,8 @@ def load_denoiser(
     name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
     denoiser = DiffusersDenoiser(parts, name, chosen, autocast)
     hints = load_hints(path)
-    denoiser.prompt_source, denoiser.learning_rate_scale = hints.prompt_source, hints.learning_rate_scale
-    denoiser.vocabulary = hints.vocabulary
+    denoiser.prompt_source, denoiser.vocabulary = hints.prompt_source, hints.vocabulary
+    denoiser.learning_rate_scale, denoiser.learning_rate_scales = hints.learning_rate_scale, hints.learning_rate_scales
     return denoiser
 
 
@@ -239,6 +239,8 @@ class ModelHints:
 
     prompt_source: PromptSource = BUILT_IN
     learning_rate_scale: float = 1.0
+    learning_rate_scales: Mapping[str, float] = field(default_factory=dict)
+    """Of subsets that want another one."""
     medium: str = "painting"
     """What its pictures mostly are: the natural anchor of a style."""
     categories: Mapping[str, str] = field(default_factory=dict)
@@ -279,7 +281,8 @@ def _read_hints(path: Path, source: PromptSource) -> ModelHints:
         said = json.loads(path.read_text(encoding="utf-8"))
         categories = {str(name): str(category) for name, category in said.get("categories", {}).items()}
         medium, styles = str(said.get("medium", "painting")), tuple(map(str, said.get("styles", ())))
-        return ModelHints(source, float(said["learning_rate_scale"]), medium, categories, styles)
+        scales = {str(name): float(scale) for name, scale in said.get("learning_rate_scales", {}).items()}
+        return ModelHints(source, float(said["learning_rate_scale"]), scales, medium, categories, styles)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AblationError(f"{path} is damaged: get the model again, or delete that file.") from error
 
