@@ -186,10 +186,8 @@ def optimize(
     parameters = [tensor for layer in delta.layers.values() for tensor in layer.tensors() if tensor.requires_grad]
     processes.begin_alike(parameters)
     gradients = Gradients(parameters, processes)
-    # None lets PyTorch choose between its other implementations
-    fused = True if denoiser.device.type in ("cuda", "cpu") else None
     peak = settings.learning_rate * (LEARNING_RATE_FACTOR if settings.rank else 1.0)
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0, fused=fused)
+    optimizer = _adamw(parameters, peak, denoiser.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     reporter = Reporter(on_progress, PHASE, settings.steps)
     read: list[float] = []
@@ -338,6 +336,19 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def _adamw(parameters: list[Tensor], rate: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, as one kernel where PyTorch has one for the device."""
+    # That kernel takes a gradient to lie in memory as its parameter does, and on a CPU it does not check. Autograd
+    # makes it so; a gradient that is a view of a buffer is contiguous.
+    fused = device.type in ("cuda", "cpu") and all(parameter.is_contiguous() for parameter in parameters)
+    try:
+        # None lets PyTorch choose between its other implementations
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=fused or None)
+    except RuntimeError:
+        # before PyTorch 2.4 there was none for the CPU
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,38 @@ def test_the_same_seed_gives_the_same_delta(make_model, data):
     assert runs[0].losses == runs[1].losses
 
 
+@pytest.mark.parametrize("subset", ["full", "embedding"])
+def test_the_fused_optimizer_finds_gradients_where_it_expects_them(make_model, data, subset, monkeypatch):
+    """With a gradient that lies in memory in another order than its parameter it goes wrong without a word."""
+    settings = replace(TRAIN, subset=subset, learning_rate=1e-3)
+    fused = train(make_model(), data, settings).delta
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, **how: adamw(*given, **{**how, "fused": None}))
+    plain = train(make_model(), data, settings).delta
+    for name, layer in plain.layers.items():
+        for found, expected in zip(fused.layers[name].tensors(), layer.tensors(), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_parameters_in_another_order_are_left_to_the_plain_optimizer():
+    rows, columns = torch.zeros(3, 4, requires_grad=True), torch.zeros(4, 3).T.requires_grad_(True)
+    cpu = torch.device("cpu")
+    assert trainer._adamw([rows], 0.1, cpu).defaults["fused"] is True
+    assert trainer._adamw([rows, columns], 0.1, cpu).defaults["fused"] is None
+
+
+def test_an_older_pytorch_without_a_fused_optimizer_takes_the_plain_one(monkeypatch):
+    adamw = torch.optim.AdamW
+
+    def older(*given, fused=None, **how):
+        if fused:
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return adamw(*given, **how)
+
+    monkeypatch.setattr(torch.optim, "AdamW", older)
+    assert trainer._adamw([torch.zeros(3, requires_grad=True)], 0.1, torch.device("cpu")).defaults["fused"] is None
+
+
 def test_gradient_checkpointing_changes_memory_not_the_delta(make_model, data):
     plain, saved = (train(make_model(), data, replace(TRAIN, checkpointing=flag)) for flag in (False, True))
     for name, layer in plain.delta.layers.items():
