@@ -26,7 +26,9 @@ class Selection:
 
     tasks: tuple[Task, ...]
     methods: tuple[Method, ...]
-    """The first is the default one; comparisons of objectives and subsets are based on `varied`."""
+    """The first is the default one; comparisons of objectives and subsets are based on `varied`, memorized images on
+    `forgetting`.
+    """
     seeds: tuple[int, ...] = (0,)
     compare: int = 4
     """Tasks in each comparison of methods."""
@@ -50,10 +52,17 @@ class Selection:
 
     @property
     def varied(self) -> Method:
-        """What comparisons of objectives and subsets vary, and what memorized images are ablated by: the first
-        method that trains on images. The other presets have one objective and few subsets.
+        """What comparisons of objectives and subsets vary: the first method that trains on images. The other presets
+        have one objective and few subsets.
         """
         return next((method for method in self.methods if method.preset in IMAGE_PRESETS), Method())
+
+    @property
+    def forgetting(self) -> Method:
+        """What memorized images are ablated by unless something else is compared: all weights, and the captions that
+        the paper's pipeline chooses, as `ablate` does.
+        """
+        return replace(self.varied, subset="full", ranked=True)
 
     @property
     def default_labels(self) -> dict[str, str]:
@@ -61,7 +70,7 @@ class Selection:
         return {
             "instance": self.base.label,
             "style": self.base.label,
-            "memorized": self.varied.label,
+            "memorized": self.forgetting.label,
         }
 
 
@@ -115,10 +124,9 @@ def _evaluations(tasks: Sequence[Task], methods: Sequence[Method], seeds: Sequen
 
 
 def _table(selection: Selection) -> list[Job]:
-    """Every task by every method that serves it: the main results."""
-    drawing = [method for method in selection.methods if method.preset in IMAGE_PRESETS] or [selection.varied]
+    """Every instance and style by every method, every memorized image by its own: the main results."""
     named = _evaluations(selection.of("instance", "style"), selection.methods, selection.seeds)
-    return [*named, *_evaluations(selection.of("memorized"), drawing, selection.seeds)]
+    return [*named, *_evaluations(selection.of("memorized"), [selection.forgetting], selection.seeds)]
 
 
 def _objectives(selection: Selection) -> list[Job]:
@@ -149,7 +157,7 @@ def _styles(selection: Selection) -> list[Job]:
 def _memorized(selection: Selection) -> list[Job]:
     """Fig. 9 and Table 1: copies of memorized images, by subset, and the paper's choice of captions."""
     methods = [replace(selection.varied, subset=name) for name in MEMORIZED_SUBSETS]
-    methods.append(replace(selection.varied, subset="full", ranked=True))
+    methods.append(selection.forgetting)
     return _evaluations(selection.of("memorized"), methods, selection.seeds)
 
 
