@@ -198,7 +198,7 @@ def test_rows_are_foreseen_exactly_and_drawn_once(bench):
 @pytest.mark.parametrize("preset", ["fast", "instant"])
 def test_presets_that_draw_no_images_are_measured_too(bench, preset):
     selection = Selection((ROOSTER, BUS), (Method(preset),), compare=1, checkpoints=TINY.checkpoints)
-    assert selection.default_labels == {"instance": preset, "style": preset, "memorized": "balanced"}
+    assert selection.default_labels == {"instance": preset, "style": preset, "memorized": "balanced:full+ranked"}
     # comparisons of objectives and subsets, and memorized images, fall back to the preset that has them
     everything = plan_keys(bench, plan_jobs(list(EXPERIMENTS), selection))
     assert {one.job.edit.method.preset for one in everything["subsets"]} == {"balanced"}
@@ -284,7 +284,7 @@ def test_bad_input_of_one_job_does_not_end_the_others(bench, detector):
     planned = jobs(bench, "table", tasks=(BUS, ROOSTER))
     assert run(bench, planned) is None
     results = {one["job"]["task"]: one["result"] for one in stored(bench).values()}
-    assert "Every anchor image" in results["bus"]["failed"] and results["rooster"]["observations"]
+    assert "Every paraphrase reproduces" in results["bus"]["failed"] and results["rooster"]["observations"]
     bench.detector = detector
     assert what_is_left(bench, planned)[0].done == 2
     assert run(bench, planned, retry=True) is None
