@@ -29,6 +29,7 @@ from concept_ablation.core.bench.plan import TINY, Edit, Job, Method
 from concept_ablation.core.bench.plots import PLOTS
 from concept_ablation.core.bench.runner import plan_keys, run, what_is_left
 from concept_ablation.core.bench.store import Store, load_pictures, save_pictures
+from concept_ablation.core.bench.summary import results
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.errors import AblationError, Interrupted
@@ -193,6 +194,19 @@ def test_rows_are_foreseen_exactly_and_drawn_once(bench):
     with counted(bench.denoiser) as rows:
         assert run(bench, twice) is None
     assert rows.forward == 0
+
+
+def test_claims_are_decided_by_whole_experiments(bench):
+    planned = jobs(bench, "subsets", tasks=(ROOSTER,))
+    some = {"subsets": [one for one in planned["subsets"] if one.job.edit.method.subset in ("cross-attn", "embedding")]}
+    assert len(some["subsets"]) == 2 and run(bench, some) is None
+
+    def verdict(plan: dict[str, list[runner.Planned]]) -> str:
+        found = results(bench, plan, TASKS, {}, {})
+        assert len(found["subsets"]) == 2
+        return next(one["verdict"] for one in found["claims"] if one["id"] == "embedding-less-robust-to-typos")
+
+    assert verdict(planned) == "not measured" and verdict(some) != "not measured"
 
 
 @pytest.mark.parametrize("preset", ["fast", "instant"])

@@ -89,8 +89,10 @@ def results(
     judges = [judge.name for judge in bench.judges]
     keys = {one.key for planned in plan.values() for one in planned}
     stored = [found for key in keys if (found := bench.store.result(key))]
-    claims = all_claims(measured, judges)
     rows = {name: [one for one in measured if one.experiment == name] for name in plan}
+    # half an experiment would decide a claim by the tasks that happened to come first
+    complete = {name for name, planned in plan.items() if len(rows[name]) == len(planned)}
+    claims = all_claims([one for one in measured if one.experiment in complete], judges)
     tables = {
         name: [_evaluated(one, judges) for one in found]
         for name, found in rows.items()
