@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MARKERS = "<!-- bench: made by benchmarks/publish_bench.py -->", "<!-- /bench -->"
 JOBS = "jobs.jsonl"
-README_PLOTS = ("objectives", "subsets", "memorized")
+README_PLOTS = ("tasks", "objectives", "subsets", "memorized")
 
 
 def section(results: dict[str, Any], plots: list[Path], base: Path) -> str:
@@ -42,10 +42,11 @@ def section(results: dict[str, Any], plots: list[Path], base: Path) -> str:
 
 
 def summary(results: dict[str, Any], plots: list[Path], base: Path) -> str:
-    """Goals, claims and the default method's table: for README.md."""
+    """Goals, what was decided of the claims, and the default method's table: for README.md."""
     judge = results["settings"]["judges"][0]
     rows = [row for row in results["tasks"] if is_default(results, row)]
-    parts = [conclusions(results["goals"]), conclusions(results["claims"])]
+    claims = [claim for claim in results["claims"] if claim["verdict"] != "not measured"]
+    parts = [conclusions(results["goals"]), *([conclusions(claims)] if claims else [])]
     if rows:
         parts.append(evaluations(rows, judge))
     parts += [picture(plot, base) for plot in plots if plot.stem in README_PLOTS]

@@ -75,8 +75,8 @@ def _target(tasks: Sequence[Task]) -> Rule:
 
 
 def _with_floor(rows: Sequence[Measured], judge: str | None) -> dict[str, Any] | None:
-    """Target accuracy, and what it would be of the pretrained model's pictures of the anchor: where the judge takes
-    some of those for the target, an edit that draws the anchor in its place comes no lower.
+    """Target accuracy, and what drawing the pretrained model's pictures of the anchor in the target's place would come
+    to, as the judge takes some of those for the target.
     """
     after, anchors = (
         share(pool(rows, ACCURACY, judge, TARGET)),

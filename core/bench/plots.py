@@ -39,14 +39,17 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
 
 
 def _tasks(results: Results) -> Figure | None:
-    """Target and surrounding accuracy of every task, before and after the default method."""
+    """Target and surrounding accuracy of every task, before and after the default method; and how many of the
+    pretrained model's pictures of the anchor count as the target, which is what drawing those in its place comes to.
+    """
     rows = [row for row in _judged(results, "tasks") if is_default(results, row)]
     if not rows:
         return None
     figure = Figure(figsize=(max(_WIDTH, 0.6 * len(rows) + 2), 2 * _HEIGHT))
     for axes, role in zip(figure.subplots(2, 1), ("target", "surrounding"), strict=True):
         found = [(row["task"], row["judges"][_main(results)].get(role)) for row in rows]
-        _before_after(axes, [(name, values) for name, values in found if values])
+        floors = [row["judges"][_main(results)]["floor"] for row in rows] if role == "target" else []
+        _before_after(axes, [(name, values) for name, values in found if values], floors)
         axes.set_ylabel(f"CLIP accuracy, {role}")
     return figure
 
@@ -222,8 +225,8 @@ def _bars(
     axes.legend(fontsize=7)
 
 
-def _before_after(axes: Axes, rows: Sequence[tuple[str, Row]]) -> None:
-    """Two bars for each row, with the interval of the second."""
+def _before_after(axes: Axes, rows: Sequence[tuple[str, Row]], floors: Sequence[float | None] = ()) -> None:
+    """Two bars for each row, with the interval of the second, and a line where its floor is."""
     for place, (_, found) in enumerate(rows):
         after = found["after"]
         axes.bar(place - 0.2, found["before"]["value"], 0.4, color=_BEFORE, label="before" if place == 0 else None)
@@ -231,9 +234,13 @@ def _before_after(axes: Axes, rows: Sequence[tuple[str, Row]]) -> None:
         if after["low"] is not None and after["high"] is not None:
             ends = [[max(0.0, after["value"] - after["low"])], [max(0.0, after["high"] - after["value"])]]
             axes.errorbar(place + 0.2, after["value"], yerr=ends, color="#1f2328", capsize=2, linewidth=1)
+    known = [(place, floor) for place, floor in enumerate(floors) if floor is not None]
+    for number, (place, floor) in enumerate(known):
+        label = "the anchor's pictures" if number == 0 else None
+        axes.plot([place, place + 0.4], [floor, floor], color="#d1242f", linewidth=1.5, label=label)
     axes.set_xticks(range(len(rows)), [name for name, _ in rows], rotation=30, ha="right", fontsize=8)
     axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
 
 def _style(axes: Axes, title: str, across: str | None, up: str = "CLIP accuracy") -> None:
