@@ -64,6 +64,8 @@ def publish(output: Path, root: Path = ROOT) -> None:
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     write_json(folder / "bench.json", results)
     plots = []
+    for outdated in (folder / "bench").glob("*.png"):
+        outdated.unlink()
     for plot in sorted((output / "plots").glob("*.png")):
         plots.append(folder / "bench" / plot.name)
         with replacing(plots[-1]) as temporary:

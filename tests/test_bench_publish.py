@@ -83,8 +83,12 @@ def test_results_are_put_between_markers_again_and_again(script, results, tmp_pa
     begin, end = script.MARKERS
     readme = f"# Title\n\n{begin}\noutdated\n{end}\n\nThe rest.\n"
     (root / "README.md").write_text(readme, encoding="utf-8")
+    outdated = root / "benchmarks" / "results" / "bench" / "attack.png"
+    outdated.parent.mkdir(parents=True)
+    outdated.touch()
     for _ in range(2):
         script.publish(output, root)
+        assert not outdated.exists()
         text = (root / "README.md").read_text("utf-8")
         assert text.startswith("# Title\n") and text.endswith("\nThe rest.\n") and "outdated" not in text
         assert text.count("A goal.") == text.count("A claim.") == 1 and "0.04 [0.01, 0.09], n = 640" in text

@@ -21,20 +21,21 @@ _WIDTH, _HEIGHT, _DPI = 4.2, 3.0, 130
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
-    """Draw whatever there are results for; one PNG for each experiment.
+    """Draw whatever there are results for, one PNG for each experiment; those of earlier results go.
 
     Raises:
         AblationError: `folder` cannot be written.
     """
     written = []
     for name, draw in PLOTS.items():
-        figure = draw(results)
+        figure, path = draw(results), folder / f"{name}.png"
         if figure is None:
+            path.unlink(missing_ok=True)
             continue
         figure.set_layout_engine("constrained")
-        with replacing(folder / f"{name}.png") as temporary:
+        with replacing(path) as temporary:
             figure.savefig(temporary, dpi=_DPI)
-        written.append(folder / f"{name}.png")
+        written.append(path)
     return written
 
 
