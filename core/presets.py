@@ -220,8 +220,7 @@ _BALANCED_RATES = {"cross-attn": 2e-5, "attn": 1e-5, "full": 5e-6, "embedding": 
 
 
 def _balanced(kind: Kind, subset: str | None) -> Recipe:
-    memorized = kind == "memorized"
-    subset = subset or ("full" if memorized else "cross-attn")
+    subset = subset or ("full" if kind == "memorized" else "cross-attn")
     images = DatasetSettings(images=64, preserve=96, sample=SampleSettings(steps=15, guidance=4.0, eta=1.0))
     train = TrainSettings(
         objective="model",
