@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from concept_ablation.core.compiling import compiled
 from concept_ablation.core.concept import judge_texts
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Conditioning, Denoiser
@@ -31,7 +32,8 @@ def hits(
     denoiser: Denoiser, judge: Judge, jobs: Sequence[Job], settings: EvaluationSettings, delta: Delta | None = None
 ) -> dict[str, list[list[int]]]:
     """Draw `jobs`, with `delta` or without an edit, and judge every picture."""
-    with nullcontext() if delta is None else merged(delta, denoiser):
+    rows = 2 * settings.sample.steps * settings.seeds * sum(len(job.prompts) for job in jobs)
+    with nullcontext() if delta is None else merged(delta, denoiser), compiled(denoiser, rows):
         drawn = draw(denoiser, jobs, settings, "Drawing")
     found = {}
     for job, images in zip(jobs, drawn.images, strict=True):

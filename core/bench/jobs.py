@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..attack import TargetImages, attack, draw_target
+from ..compiling import compiled
 from ..concept import Concept
 from ..delta import Delta
 from ..errors import AblationError, Interrupted
@@ -138,7 +139,8 @@ def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
 
 
 def _draw(bench: Bench, unit: Unit, folder: Path, delta: Delta | None, phase: str) -> np.ndarray:
-    with contextlib.nullcontext() if delta is None else merged(delta, bench.denoiser):
+    rows = sampling_rows(unit.pictures, bench.protocol.sample)
+    with contextlib.nullcontext() if delta is None else merged(delta, bench.denoiser), compiled(bench.denoiser, rows):
         return pictures(bench.denoiser, unit, folder, bench.protocol, bench.batch, phase, bench.progress)
 
 
