@@ -17,12 +17,17 @@ embedded model was found for presets that preserve.
 `subsets` chooses the learning rate of `balanced` for each subset that is not its default: the one with the best score.
 Memorized pictures get that of `full`: all eight are in what is reported, so none is left to choose by.
 
+`guidance` chooses the negative guidance of each preset but `paper`, for instances and styles, by the rule of the first
+choice. A value costs as much as another, so the smallest that is good enough is taken: the more of it, the stronger the
+colours.
+
 Writes results/preset_PRESET.json with every figure. Finished candidates are kept (job_store.py).
 
     python benchmarks/choose_presets.py fast
     python benchmarks/choose_presets.py balanced
     python benchmarks/choose_presets.py paper
     python benchmarks/choose_presets.py subsets
+    python benchmarks/choose_presets.py guidance
     python benchmarks/choose_presets.py fast --again    choose again among the candidates in results/preset_fast.json
     python benchmarks/choose_presets.py fast --tiny     to see that it runs; writes below outputs/ only
 """
@@ -60,9 +65,13 @@ TASKS = Path(__file__).with_name("development_tasks.toml")
 FIRST_SEED = 1000
 MARGIN = 0.05
 """About half of what the accuracy of 40 pictures can tell."""
-MARGINS = {"fast": MARGIN, "balanced": MARGIN, "paper": 0.0, "subsets": 0.0}
+MARGINS = {"fast": MARGIN, "balanced": MARGIN, "paper": 0.0, "subsets": 0.0, "guidance": MARGIN}
+GROUPED = ("subsets", "guidance")
+"""Where something is chosen for each group of candidates: what their names begin with."""
 RATES = {"full": (1, 0.3, 0.1, 0.03), "attn": (1, 0.3), "embedding": (1, 0.3, 0.1)}
 """By subset: factors on a hundred times the rate for Stable Diffusion."""
+GUIDANCE = (0.0, 0.5, 1.0, 2.0)
+"""Negative guidance, from none upwards: of candidates that cost the same the first is taken."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ class Candidate:
         warm: whether training begins with the closed form, where the preset's does.
         trained: False leaves the closed form as it is.
         subset: what is trained in place of the preset's subset.
+        preset: what is changed, where that is not what is chosen for.
+        one_rate: take the model's factor on learning rates, whatever it says of the subset.
+        negative_guidance: replaces the preset's.
     """
 
     training: Mapping[str, float] = field(default_factory=dict)
@@ -86,19 +98,22 @@ class Candidate:
     warm: bool = True
     trained: bool = True
     subset: str | None = None
+    preset: str | None = None
+    one_rate: bool = False
+    negative_guidance: float | None = None
 
     def recipe(self, preset: str, denoiser: Denoiser, kind: Kind) -> Recipe:
         """The preset's recipe with these changes."""
-        if preset == "subsets":
-            # the factors are on one scale, whatever the model's own are
+        if self.one_rate:
             denoiser.learning_rate_scales = {}
-        made = recipe("balanced" if preset == "subsets" else preset, denoiser, kind, subset=self.subset)
-        if not self.trained:
+        named = {"subset": self.subset, "negative_guidance": self.negative_guidance}
+        made = recipe(self.preset or preset, denoiser, kind, **named)
+        if not self.trained or made.training is None:
             return replace(made, harvest=None, training=None)
         if not self.warm:
             made = replace(made, closed_form=None)
         drawn = made.dataset or made.harvest
-        assert made.training is not None and drawn is not None
+        assert drawn is not None
         steps = max(1, round(drawn.sample.steps * self.sampling_steps))
         drawn = replace(_scaled(drawn, self.drawn), sample=replace(drawn.sample, steps=steps))
         training = _scaled(made.training, self.training)
@@ -158,9 +173,16 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
         },
     },
     "subsets": {
-        f"{subset}, rate x {factor:g}": Candidate({"learning_rate": factor}, subset=subset)
+        f"{subset}, rate x {factor:g}": Candidate(
+            {"learning_rate": factor}, subset=subset, preset="balanced", one_rate=True
+        )
         for subset, factors in RATES.items()
         for factor in factors
+    },
+    "guidance": {
+        f"{preset}, {eta:g}": Candidate(preset=preset, negative_guidance=eta)
+        for preset in ("balanced", "fast", "instant")
+        for eta in GUIDANCE
     },
 }
 
@@ -292,18 +314,23 @@ def score(before: Hits, after: Hits, task: Task) -> float:
 
 
 def choice(preset: str, rows: Sequence[Mapping[str, Any]], margin: float) -> str | dict[str, str]:
-    """What is chosen for a preset; for `subsets` by subset."""
-    if preset != "subsets":
+    """What is chosen for a preset, or by group of candidates."""
+    if preset not in GROUPED:
         return chosen(rows, margin)
-    groups = {subset: [found for found in rows if found["candidate"].startswith(f"{subset},")] for subset in RATES}
-    return {subset: chosen(found, margin) for subset, found in groups.items()}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for found in rows:
+        groups.setdefault(found["candidate"].partition(",")[0], []).append(found)
+    return {name: chosen(found, margin) for name, found in groups.items()}
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], margin: float) -> str:
-    """The trained candidate that asks the network least, of those whose score is at most `margin` below the best."""
+    """The candidate that asks the network least, of those whose score is at most `margin` below the best.
+    Where some are trained, one of them.
+    """
     best = max(found["score"] for found in rows)
     # a row without a training has no network rows
-    enough = [found for found in rows if found["score"] >= best - margin and found["rows"]]
+    trained = [found for found in rows if found["rows"]] or rows
+    enough = [found for found in trained if found["score"] >= best - margin]
     return min(enough, key=lambda found: found["rows"])["candidate"]
 
 

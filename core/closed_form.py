@@ -31,6 +31,7 @@ from .delta import Delta, LayerDelta
 from .delta_header import delta_header
 from .denoiser import Denoiser
 from .errors import AblationError
+from .losses import guided_away
 from .progress import ProgressCallback, Reporter
 from .prompts import says
 from .subsets import select
@@ -62,6 +63,8 @@ class ClosedFormSettings:
     """Weight of the generic prompts, of which the empty one is always one."""
     padding: float = 1.0
     """Share of those weights that a padding position has; most positions of a prompt are padding."""
+    negative_guidance: float = 0.0
+    """eta of `losses.guided_away`: how far beyond the anchor's keys and values the target's go."""
     ridge: float = 1e-3
     """Weight of ||dW||^2, in mean diagonal entries of the Gram matrix."""
     subset: str = "cross-attn"
@@ -70,7 +73,7 @@ class ClosedFormSettings:
     def __post_init__(self) -> None:
         if self.prompts < 1 or self.preserve_prompts < 0:
             raise AblationError("The closed form needs at least one prompt pair and no negative number of prompts.")
-        weights = (self.erase, self.preserve, self.generic, self.padding, self.ridge)
+        weights = (self.erase, self.preserve, self.generic, self.padding, self.negative_guidance, self.ridge)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
             raise AblationError("The weights of the closed form must be finite numbers of at least 0.")
         if self.erase == 0 or self.ridge == 0:
@@ -291,6 +294,8 @@ def _erasing(
         stays = torch.tensor([place is None for place in matched])
         moved = contexts[anchor][[place or 0 for place in matched]]
         sources.append(contexts[target])
+        # keys and values are linear in the embeddings, so these can be guided in their place
+        moved = guided_away(moved, contexts[target], settings.negative_guidance)
         goals.append(torch.where(stays[:, None], contexts[target], moved))
         weights.append(contexts.weights(target, settings.erase / len(prompt_pairs), settings.padding))
     source, goal = torch.cat(sources), torch.cat(goals)

@@ -26,6 +26,7 @@ from .concept import Concept
 from .dataset import DatasetSettings, Plan, make_plan
 from .denoiser import Denoiser
 from .errors import AblationError
+from .losses import guided_away
 from .progress import ProgressCallback, Reporter
 from .samplers import SampleSettings, sample_latents
 
@@ -45,6 +46,8 @@ class HarvestSettings:
     keep: tuple[int, ...] = ()
     """Which sampling steps give rows, the noisiest being 0; () keeps all."""
     sample: SampleSettings = field(default_factory=lambda: SampleSettings(steps=15))
+    negative_guidance: float = 0.0
+    """eta of `losses.guided_away`, for rows that ablate. Above 0 each takes one more row through the network."""
     batch: int = 16
     """Trajectories sampled at once, which is also the size of a shard."""
     seed: int = 0
@@ -76,7 +79,8 @@ class Harvest:
     Attributes:
         x: where the teacher was asked, [rows, C, h, w], fp32.
         sigma: its noise levels, [rows], fp32.
-        prediction: d = (x - D) / sigma of the pretrained model for the anchor prompt, unguided, [rows, C, h, w], fp16.
+        prediction: d = (x - D) / sigma of the pretrained model for the anchor prompt, without the sampler's guidance,
+            [rows, C, h, w], fp16; with negative guidance guided away from the target prompt.
         plan: the prompts of each trajectory.
         settings: how it was made.
         concepts: what it ablates.
@@ -142,9 +146,11 @@ def harvest(
     reporter = Reporter(on_progress, "Harvesting", len(batches) * settings.sample.steps)
 
     def sampled(number: int) -> dict[str, Tensor]:
-        prompts = [plan.prompts[plan.rows[row][0]] for row in batches[number]]
+        pairs = [
+            (plan.prompts[anchor], plan.prompts[target]) for anchor, target in (plan.rows[i] for i in batches[number])
+        ]
         seeds = [_trajectory_seed(settings.seed, row) for row in batches[number]]
-        return _sample(denoiser, prompts, seeds, settings, reporter)
+        return _sample(denoiser, pairs, seeds, settings, reporter)
 
     counts = [len(rows) * len(settings.kept) for rows in batches]
     shapes = [
@@ -183,21 +189,32 @@ def load(directory: Path) -> Harvest:
 
 
 def _sample(
-    denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[int], settings: HarvestSettings, reporter: Reporter
+    denoiser: Denoiser,
+    pairs: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
+    settings: HarvestSettings,
+    reporter: Reporter,
 ) -> dict[str, Tensor]:
-    """The rows of one batch of trajectories, sorted by trajectory."""
+    """The rows of one batch of trajectories, sorted by trajectory. `pairs` has the anchor and target prompt of each."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     step = 0
+    ablating = [place for place, (anchor, target) in enumerate(pairs) if anchor != target]
+    guided = bool(settings.negative_guidance and ablating)
+    targets = denoiser.encode([pairs[place][1] for place in ablating]) if guided else None
 
     def keep(x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
         nonlocal step
         if step in settings.kept:
             direction = (x - denoised) / sigma.view(-1, 1, 1, 1)
+            if targets is not None:
+                target = denoiser.direction(x[ablating], sigma[ablating], targets)
+                direction[ablating] = guided_away(direction[ablating], target, settings.negative_guidance)
             seen.append((x.float(), sigma.float(), direction.half()))
         step += 1
 
+    anchors = [anchor for anchor, _ in pairs]
     sample_latents(
-        denoiser, prompts, seeds, settings.sample, lambda done: reporter.advance(latents=done.denoised), keep
+        denoiser, anchors, seeds, settings.sample, lambda done: reporter.advance(latents=done.denoised), keep
     )
     x, sigma, prediction = (torch.stack(kind, 1).flatten(0, 1).cpu() for kind in zip(*seen, strict=True))
     if not torch.isfinite(prediction).all():

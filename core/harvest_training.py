@@ -54,7 +54,8 @@ def train_harvested(
         denoiser: the model that the harvest was made with.
         harvest: rows.
         settings: as for images, with the objective "model" and neither flips nor regularization, which harvested rows
-            cannot give: the teacher has not seen the mirrored latent, and there is no image.
+            cannot give: the teacher has not seen the mirrored latent, and there is no image. Nor negative guidance,
+            which the rows have from their harvest.
         start: a delta to begin with, for instance a closed form's; it is left as it is. A training of low rank begins
             with its best approximation.
         on_progress: called after each step; raises to cancel.
@@ -63,10 +64,10 @@ def train_harvested(
         AblationError: settings or a start that do not fit.
         Diverged: the loss became NaN, infinite or far larger than at the start, or the delta NaN or infinite.
     """
-    if settings.objective != "model" or settings.flip or settings.regularization:
+    if settings.objective != "model" or settings.flip or settings.regularization or settings.negative_guidance:
         raise AblationError(
-            "Harvested rows serve the objective 'model' without flips or regularization: change those settings, or "
-            "train on a dataset of images."
+            "Harvested rows serve the objective 'model' without flips, regularization or negative guidance, which is "
+            "the harvest's: change those settings, or train on a dataset of images."
         )
     delta = empty_delta(settings.subset, denoiser, harvest.concepts, settings.rank, settings.seed)
     if start is not None:

@@ -22,6 +22,22 @@ def model_based(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher.detach()).square().mean()
 
 
+def guided_away(anchor: Tensor, target: Tensor, eta: float) -> Tensor:
+    """anchor + eta (anchor - target): what a teacher says for the anchor, guided away from the target.
+
+    An anchor is often its target: some birds are roosters, and a plain emoji has one of the styles. The anchor's own
+    prediction then leaves as much of the target as its pictures have. This is the negative guidance of ESD
+    (Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv 2303.07345), with the anchor in the
+    place of the empty prompt.
+
+    Args:
+        anchor: d of the pretrained network for the anchor prompt, [B, C, h, w].
+        target: d for the target prompt at the same x_t.
+        eta: 0 gives `anchor`.
+    """
+    return anchor + eta * (anchor - target)
+
+
 def noise_based(student: Tensor, truth: Tensor) -> Tensor:
     """Eq. 6: || eps - student(x_t, c*) ||^2, the diffusion loss of an anchor image under the target prompt.
 

@@ -20,7 +20,7 @@ from .dataset import AblationDataset
 from .delta import Attachment, Delta
 from .denoiser import Conditioning, Denoiser, true_direction
 from .errors import AblationError, Diverged
-from .losses import loss_maximization, model_based, noise_based
+from .losses import guided_away, loss_maximization, model_based, noise_based
 from .low_rank import LEARNING_RATE_FACTOR
 from .parallel import Gradients, current
 from .progress import ProgressCallback, Reporter
@@ -35,6 +35,9 @@ OBJECTIVES: dict[str, str] = {
 }
 TARGET_IMAGES = ("reverse-kl", "loss-max")
 """Objectives whose images are drawn from the target prompt instead of the anchor prompt."""
+
+FROZEN_TEACHER = ("model", "reverse-kl")
+"""Objectives that compare with the pretrained model."""
 
 StepHook = Callable[[int, Delta], None]
 
@@ -61,6 +64,9 @@ class TrainSettings:
     """Rows that preserve, in each step beside the others (if the dataset has any)."""
     preserve_weight: float = 1.0
     """Weight of the preservation loss against the objective."""
+    negative_guidance: float = 0.0
+    """eta of `losses.guided_away`: how far beyond the anchor the teacher's prediction goes, away from the target.
+    For the objectives in `FROZEN_TEACHER`."""
     regularization: float = 0.0
     """lambda of the paper's regularization: the diffusion loss on anchor pairs (x, c)."""
     cosine: bool = True
@@ -84,6 +90,13 @@ class TrainSettings:
             raise AblationError(
                 f"The subset '{self.subset}' has other layers than linear ones and cannot be trained with a rank: "
                 "choose cross-attn or attn, or train without a rank and compress the delta."
+            )
+        if not (math.isfinite(self.negative_guidance) and self.negative_guidance >= 0):
+            raise AblationError(f"Negative guidance must be a number of at least 0, not {self.negative_guidance}.")
+        if self.negative_guidance and self.objective not in FROZEN_TEACHER:
+            raise AblationError(
+                f"The objective '{self.objective}' asks no frozen model, whose prediction negative guidance moves: set "
+                f"it to 0, or choose one of {', '.join(FROZEN_TEACHER)}."
             )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AblationError(f"The learning rate must be a positive number, not {self.learning_rate}.")
@@ -292,6 +305,10 @@ def _teacher(
         with attachment.disabled():
             cond = prompts.pretrained[batch.anchor[needed]]
             teacher[needed] = denoiser.direction(batch.x[needed], batch.sigma[needed], cond)
+            if settings.negative_guidance and count:
+                asked = prompts.pretrained[batch.target[:count]]
+                target = denoiser.direction(batch.x[:count], batch.sigma[:count], asked)
+                teacher[:count] = guided_away(teacher[:count], target, settings.negative_guidance)
     return teacher
 
 

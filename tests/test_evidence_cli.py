@@ -119,7 +119,7 @@ def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypa
     copies = [row["details"]["copies"]["rate_before"]["value"] for row in told["concepts"][:2]]
     assert copies == [1, 0]
     training = told["settings"]["training"]
-    assert training["subset"] == "full" and training["preserve_batch"] > 0 and training["regularization"] == 0
+    assert training["subset"] == "full" and training["preserve_batch"] > 0 and training["regularization"] == 1
     assert told["settings"]["evaluation"]["copy_detector"] == "mean colour"
     manifest = json.loads((tmp_path / "made" / "dataset" / "manifest.json").read_text("utf-8"))
     assert manifest["screen"]["detector"] == "mean colour"

@@ -137,6 +137,6 @@ def test_copies_are_not_overlooked_where_nothing_is_drawn_to_train_on(tiny, pres
 def test_every_preset_trains_all_weights_on_a_memorized_image(preset):
     model = SimpleNamespace(learning_rate_scale=1.0, learning_rate_scales={})
     made = recipe(preset, model, "memorized").training
-    assert made.subset == "full" and made.regularization == (1.0 if preset == "paper" else 0.0)
+    assert made.subset == "full" and made.regularization == 1.0
     assert recipe(preset, model, "memorized", subset="embedding").training.subset == "embedding"
     assert recipe(preset, model).training.subset == "cross-attn"

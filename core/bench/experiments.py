@@ -130,9 +130,11 @@ def _table(selection: Selection) -> list[Job]:
 
 
 def _objectives(selection: Selection) -> list[Job]:
-    """Fig. 3, 12 and 13: objectives against steps, as checkpoints of one training at a constant rate."""
-    last = selection.checkpoints[-1]
-    methods = [replace(selection.varied, objective=name, constant_rate=True, steps=last) for name in OBJECTIVES]
+    """Fig. 3, 12 and 13: objectives against steps, as checkpoints of one training at a constant rate. Without negative
+    guidance, which some of them could not have.
+    """
+    changes = {"constant_rate": True, "steps": selection.checkpoints[-1], "negative_guidance": 0.0}
+    methods = [replace(selection.varied, objective=name, **changes) for name in OBJECTIVES]
     return [
         Job("evaluate", task, Edit((task,), method, seed), step, robustness=False)
         for task in selection.compared()

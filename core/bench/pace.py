@@ -94,7 +94,8 @@ def training_rows(made: Recipe) -> int:
     drawn = made.dataset or made.harvest
     teacher = made.harvest is None
     trained = _BACKWARD_UP if training.subset == "cross-attn-up" else BACKWARD
-    ablating = training.batch * (trained + (teacher and training.objective not in ("noise", "loss-max")))
+    asked = (training.objective not in ("noise", "loss-max")) + bool(training.negative_guidance)
+    ablating = training.batch * (trained + teacher * asked)
     preserving = training.preserve_batch * (trained + teacher) * bool(drawn and drawn.preserve)
     regularizing = training.batch * trained * bool(training.regularization)
     return round(training.steps * (ablating + preserving + regularizing))
@@ -103,7 +104,9 @@ def training_rows(made: Recipe) -> int:
 def dataset_rows(made: Recipe, concepts: int) -> int:
     """Rows of drawing or harvesting what a training trains on."""
     if made.harvest is not None:
-        return sampling_rows(concepts * (made.harvest.trajectories + made.harvest.preserve), made.harvest.sample)
+        taken = made.harvest
+        away = taken.trajectories * len(taken.kept) * bool(taken.negative_guidance)
+        return sampling_rows(concepts * (taken.trajectories + taken.preserve), taken.sample) + concepts * away
     if made.dataset is not None:
         return sampling_rows(concepts * (made.dataset.images + made.dataset.preserve), made.dataset.sample)
     return 0

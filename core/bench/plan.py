@@ -36,6 +36,8 @@ JobKind = Literal["evaluate", "leaks", "attack"]
 Role = Literal["target", "anchor", "surrounding", "misspelled", "paraphrase"]
 
 _KEY_LENGTH = 32
+_LATER = {"negative_guidance": 0.0}
+"""Fields of recipes that older results do not know, with the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ class Method:
     longer: int = 1
     """Factor on the number of steps: several concepts in one model need more of them (section 4.3). Without effect on a
     preset that trains nothing."""
+    negative_guidance: float | None = None
+    """Replaces the preset's."""
     ranked: bool = False
-    """Memorized images: choose captions by how often they reproduce the image, and add the paper's regularization."""
+    """Memorized images: choose captions by how often they reproduce the image, as the paper does."""
 
     @property
     def label(self) -> str:
@@ -199,12 +203,11 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
     method, kind = edit.method, edit.tasks[0].concept.kind
     if method.preset not in TRAINED:
         # which also refuses names of presets that do not exist
-        return recipe(method.preset, denoiser, kind, objective=method.objective, subset=method.subset)
+        named = {"objective": method.objective, "subset": method.subset, "negative_guidance": method.negative_guidance}
+        return recipe(method.preset, denoiser, kind, **named)
     training: dict[str, Any] = dict(protocol.training)
     if method.constant_rate:
         training["cosine"] = False
-    if method.ranked:
-        training["regularization"] = 1.0
     if method.steps is not None:
         training["steps"] = method.steps
     made = recipe(
@@ -216,6 +219,7 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
         seed=edit.seed,
         training=training,
         dataset=dict(protocol.dataset),
+        negative_guidance=method.negative_guidance,
     )
     assert made.training is not None
     return replace(made, training=replace(made.training, steps=made.training.steps * method.longer))
@@ -244,7 +248,7 @@ def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -
             "prompts": tools.prompts,
             "tasks": [_task(task, tools) for task in edit.tasks],
             "preset": edit.method.preset,
-            "recipe": asdict(made),
+            "recipe": _without_neutral(asdict(made)),
             "detector": tools.detector if memorized else None,
             "ranking": [asdict(protocol.sample), RANKED_CAPTIONS, RANKED_IMAGES] if edit.method.ranked else None,
             # a training that kept other checkpoints, or none, is no substitute
@@ -296,6 +300,15 @@ def describe(job: Job, made: Recipe | None) -> dict[str, Any]:
         "seed": job.edit.seed if job.edit else None,
         "step": job.step,
         "recipe": asdict(made) if made else None,
+    }
+
+
+def _without_neutral(made: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the fields that came later, where they change nothing: results of before are results still."""
+    return {
+        name: _without_neutral(value) if isinstance(value, dict) else value
+        for name, value in made.items()
+        if not (name in _LATER and value == _LATER[name])
     }
 
 
