@@ -35,6 +35,7 @@ from .cli_options import (
     KindOption,
     Misspellings,
     Model,
+    NegativeGuidance,
     Objective,
     Original,
     Output,
@@ -83,6 +84,7 @@ def ablate(
     subset: Subset = None,
     surrounding: Surrounding = None,
     auto_preserve: AutoPreserve = None,
+    negative_guidance: NegativeGuidance = None,
     prompts: AnchorPrompts = None,
     target_prompts: TargetPrompts = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
@@ -136,6 +138,7 @@ def ablate(
         training={name: value for name, value in training.items() if value is not None},
         dataset={} if images is None else {"images": images},
         auto_preserve=auto_preserve,
+        negative_guidance=negative_guidance,
     )
     measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
     instruments = load_instruments(**measuring, device=denoiser.device)

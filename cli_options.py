@@ -52,6 +52,15 @@ AutoPreserve = Annotated[
         show_default="the preset's",
     ),
 ]
+NegativeGuidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="How far beyond the anchor, away from the target, the target's pictures are sent: more than 0 where the "
+        "anchor often is the target.",
+        show_default="the preset's",
+    ),
+]
 Profile = Annotated[
     Path | None, typer.Option(help="Write a profiler trace of a few training steps to this .json file.")
 ]
