@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +56,8 @@ class HarvestSettings:
     def __post_init__(self) -> None:
         if self.trajectories < 1 or self.prompts < 1 or self.batch < 1 or self.preserve < 0:
             raise AblationError("A harvest needs at least one trajectory, one prompt and a batch size of at least 1.")
+        if not (math.isfinite(self.negative_guidance) and self.negative_guidance >= 0):
+            raise AblationError(f"Negative guidance must be a number of at least 0, not {self.negative_guidance}.")
         if list(self.keep) != sorted(set(self.keep) & set(range(self.sample.steps))):
             raise AblationError(
                 f"The steps to keep must be different numbers from 0 to {self.sample.steps - 1} in ascending order, "

@@ -145,9 +145,11 @@ def recipe(
     made = {"instant": _instant, "fast": _fast, "balanced": _balanced, "paper": _paper}[preset](kind, subset)
     if auto_preserve is not None:
         made = replace(made, auto_preserve=auto_preserve)
+    if objective is not None and made.training is not None:
+        made = replace(made, training=replace(made.training, objective=objective))
     if negative_guidance is not None:
         made = guided(made, negative_guidance)
-    elif kind != "memorized" and objective in (None, *FROZEN_TEACHER):
+    elif kind != "memorized" and (made.training is None or made.training.objective in FROZEN_TEACHER):
         made = guided(made, _NEGATIVE_GUIDANCE.get(preset, 0.0))
     if made.training is None:
         _refuse_training(preset, objective, {**(training or {}), **(dataset or {})})
@@ -159,7 +161,7 @@ def recipe(
         )
     scale = denoiser.learning_rate_scales.get(made.training.subset, denoiser.learning_rate_scale)
     rate = made.training.learning_rate * scale
-    train = replace(made.training, seed=seed, learning_rate=rate, objective=objective or made.training.objective)
+    train = replace(made.training, seed=seed, learning_rate=rate)
     if train.objective in TARGET_IMAGES:
         # images of the target make no anchor pairs (x, c), which the regularization is on
         train = replace(train, regularization=0.0)

@@ -73,8 +73,8 @@ def test_harvested_rows_that_ablate_are_guided_and_others_are_not(tiny):
     targets = [plain.plan.prompts[target] for _, target in plain.pairs.tolist()]
     target = tiny.direction(plain.x, plain.sigma, tiny.encode(targets))
     expected = guided_away(plain.prediction.float(), target, 1.5)
-    torch.testing.assert_close(away.prediction[ablating].float(), expected[ablating], atol=5e-3, rtol=5e-3)
-    assert (expected - plain.prediction.float())[ablating].abs().max() > 0.05
+    torch.testing.assert_close(away.prediction[ablating].float(), expected[ablating], atol=2e-3, rtol=2e-3)
+    assert (expected - plain.prediction.float())[ablating].abs().max() > 0.01
     with pytest.raises(AblationError, match="is the harvest's"):
         train_harvested(tiny, away, replace(TRAIN, negative_guidance=1.0))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -293,12 +294,14 @@ def _from_folder(location: str, folder: Path | None) -> Parts:
         if index != "StableDiffusionPipeline":
             raise AblationError(f"{location} holds a {index}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported.")
         options = {"use_safetensors": True, "local_files_only": folder is not None}
+        # said here, or diffusers warns where it cannot have it
+        light = {**options, "low_cpu_mem_usage": is_accelerate_available()}
         vae_class = AutoencoderTiny if _class_name(location, "vae") == "AutoencoderTiny" else AutoencoderKL
         parts = Parts(
-            unet=UNet2DConditionModel.from_pretrained(location, subfolder="unet", **options),
+            unet=UNet2DConditionModel.from_pretrained(location, subfolder="unet", **light),
             text_encoder=_text_encoder(location, folder, options).float(),
             tokenizer=CLIPTokenizer.from_pretrained(location, subfolder="tokenizer"),
-            vae=vae_class.from_pretrained(location, subfolder="vae", **options).float(),
+            vae=vae_class.from_pretrained(location, subfolder="vae", **light).float(),
             schedule=DDPMScheduler.load_config(location, subfolder="scheduler"),
         )
         DDPMScheduler.from_config(dict(parts.schedule))
