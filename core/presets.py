@@ -234,8 +234,9 @@ def _paper(kind: Kind, subset: str | None) -> Recipe:
     return Recipe(images, train)
 
 
-_NEGATIVE_GUIDANCE = {"instant": 0.0, "fast": 0.0, "balanced": 0.0}
-"""For instances and styles. The paper has none, and no copy of a memorized image is left to be guided away from."""
+_NEGATIVE_GUIDANCE = {"balanced": 0.5}
+"""For instances and styles, by benchmarks/choose_presets.py. The paper has none, `instant` and `fast` were not measured
+with any, and a memorized image's anchors are chosen not to be copies of it."""
 
 _BALANCED_RATES = {"cross-attn": 2e-5, "attn": 1e-5, "full": 5e-6, "embedding": 1e-4, "cross-attn-up": 2e-5}
 
