@@ -64,7 +64,8 @@ class ClosedFormSettings:
     padding: float = 1.0
     """Share of those weights that a padding position has; most positions of a prompt are padding."""
     negative_guidance: float = 0.0
-    """eta of `losses.guided_away`: how far beyond the anchor's keys and values the target's go."""
+    """eta of `losses.guided_away`: how far beyond the anchor's keys and values the target's go. The solution is linear
+    in them, so this is what a strength of 1 + eta gives."""
     ridge: float = 1e-3
     """Weight of ||dW||^2, in mean diagonal entries of the Gram matrix."""
     subset: str = "cross-attn"

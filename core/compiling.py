@@ -21,7 +21,7 @@ _BY_NETWORK = "_concept_ablation_compiled"
 @contextlib.contextmanager
 def compiled(denoiser: Denoiser, rows: int) -> Iterator[None]:
     """Within the block `denoiser.network` is its own compiled form, which shares its modules and parameters: it draws
-    about 1.4 times as fast on a CPU, and what differs is rounding.
+    about 1.3 times as fast on a CPU, and what differs is rounding.
 
     It is compiled once for each shape of a batch, whatever `merged` puts into its layers. Without effect for fewer than
     `WORTH` rows, on a GPU (where nobody measured it) and where there is no compiler. Not for training, nor for a delta
