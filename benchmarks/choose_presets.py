@@ -17,9 +17,8 @@ embedded model was found for presets that preserve.
 `subsets` chooses the learning rate of `balanced` for each subset that is not its default: the one with the best score.
 Memorized pictures get that of `full`: all eight are in what is reported, so none is left to choose by.
 
-`guidance` chooses the negative guidance of each preset but `paper`, for instances and styles, by the rule of the first
-choice. A value costs as much as another, so the smallest that is good enough is taken: the more of it, the stronger the
-colours.
+`guidance` chooses the negative guidance of `balanced`, for instances and styles, by the rule of the first choice. A
+value costs as much as another, so the smallest that is good enough is taken: the more of it, the stronger the colours.
 
 Writes results/preset_PRESET.json with every figure. Finished candidates are kept (job_store.py).
 
@@ -181,7 +180,7 @@ CANDIDATES: dict[str, dict[str, Candidate]] = {
     },
     "guidance": {
         f"{preset}, {eta:g}": Candidate(preset=preset, negative_guidance=eta)
-        for preset in ("balanced", "fast", "instant")
+        for preset in ("balanced",)
         for eta in GUIDANCE
     },
 }
