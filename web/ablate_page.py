@@ -137,6 +137,7 @@ class AblatePage:
             number("steps", "Steps")
             number("rate", "Learning rate")
             number("batch", "Batch")
+            number("guidance", "Negative guidance")
         gr.HTML('<p class="ca-group">Pictures to learn from</p>')
         with gr.Row():
             number("images", "Of the anchor")

@@ -191,6 +191,7 @@ def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
         training=dict(request.training),
         dataset=dataset,
         auto_preserve=request.auto_preserve,
+        negative_guidance=request.negative_guidance,
     )
     try:
         select(made.subset, denoiser)

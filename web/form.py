@@ -34,7 +34,7 @@ TO_BE_FOUND = "paraphrases of it"
 """What the anchor of a memorized picture is called until it is found."""
 _TRAINING = {"steps": "steps", "rate": "learning_rate", "batch": "batch"}
 """Fields of the form by those of `TrainSettings`."""
-HINTED = ("steps", "batch", "images", "preserve", "sampling", "neighbours")
+HINTED = ("steps", "batch", "guidance", "images", "preserve", "sampling", "neighbours")
 """Fields that show the preset's value while they are empty."""
 _NOTHING_KNOWN: Mapping[str, str] = MappingProxyType({})
 
@@ -58,6 +58,8 @@ class Form:
     steps: str = ""
     rate: str = ""
     batch: str = ""
+    guidance: str = ""
+    """Negative guidance, away from the target."""
     images: str = ""
     preserve: str = ""
     sampling: str = ""
@@ -100,6 +102,7 @@ class Request:
     find_anchors: bool = False
     """Whether what is drawn instead is still to be found among paraphrases; the task's anchor only says so."""
     auto_preserve: int | None = None
+    negative_guidance: float | None = None
 
 
 class _Checker:
@@ -149,6 +152,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         ),
         "batch": checker.number("batch", int, "The batch", lambda value: TrainSettings(batch=value)),
     }
+    guidance = checker.number(
+        "guidance", float, "Negative guidance", lambda value: TrainSettings(negative_guidance=value)
+    )
     dataset = {
         "images": checker.number("images", int, "The number of images", lambda value: DatasetSettings(images=value)),
         "preserve": checker.number(
@@ -172,7 +178,7 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
     neighbours = checker.number("neighbours", int, "The number of neighbours", _check_neighbours)
     seed = checker.number("seed", int, "The seed", _check_seed)
     _choices(checker)
-    _combinations(checker, training, dataset, neighbours)
+    _combinations(checker, training, dataset, neighbours, guidance)
     if not str(form.model).strip():
         checker.errors["model"] = "No model is chosen: choose one, or type a folder, a file or a hub id."
     if task is None or checker.errors:
@@ -195,6 +201,7 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
         original=original,
         find_anchors=searched,
         auto_preserve=neighbours,
+        negative_guidance=guidance,
     )
     return request, {}
 
@@ -230,7 +237,13 @@ def preset_values(preset: str, kind: str) -> dict[str, str]:
         made = _recipe(preset, kind)
     except AblationError:
         return dict.fromkeys(HINTED, "")
-    hints = {"neighbours": str(made.auto_preserve), "sampling": f"{SampleSettings().steps} to measure"}
+    asked = made.training if made.dataset is not None else made.harvest or made.closed_form
+    assert asked is not None
+    hints = {
+        "neighbours": str(made.auto_preserve),
+        "guidance": f"{asked.negative_guidance:g}",
+        "sampling": f"{SampleSettings().steps} to measure",
+    }
     if made.training is None:
         return {**hints, **dict.fromkeys(("steps", "batch", "images", "preserve"), "none")}
     count = made.dataset.images if made.harvest is None else made.harvest.trajectories
@@ -293,7 +306,11 @@ def _choices(checker: _Checker) -> None:
 
 
 def _combinations(
-    checker: _Checker, training: Mapping[str, Any], dataset: Mapping[str, Any], neighbours: int | None
+    checker: _Checker,
+    training: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    neighbours: int | None,
+    guidance: float | None,
 ) -> None:
     """Say at its field what the preset has no use for."""
     form = checker.form
@@ -302,12 +319,15 @@ def _combinations(
     checker.run("preset", lambda: check_serves(form.preset, form.kind))
     if "preset" in checker.errors:
         return
+    objective = {} if form.objective == PRESET or "objective" in checker.errors else {"objective": form.objective}
     changes: dict[str, dict[str, Any]] = {
         **{name: {"training": {key: training[key]}} for name, key in _TRAINING.items() if training[key] is not None},
         **{name: {"dataset": {name: value}} for name, value in dataset.items() if value is not None},
-        "objective": {} if form.objective == PRESET else {"objective": form.objective},
+        "objective": objective,
         "subset": {} if form.subset == PRESET else {"subset": form.subset},
         "neighbours": {} if neighbours is None else {"auto_preserve": neighbours},
+        # which not every objective can have
+        "guidance": {} if guidance is None else {"negative_guidance": guidance, **objective},
     }
     for name, change in changes.items():
         if change and name not in checker.errors:

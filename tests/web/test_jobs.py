@@ -192,8 +192,8 @@ def test_the_page_keeps_small_pictures():
 def test_quick_presets_go_through_their_own_stages(host, tiny, preset):
     before = tiny.fingerprint()
     changes = dict.fromkeys(("images", "preserve", "steps", "batch"), "") if preset == "instant" else {}
-    request, errors = check(replace(TINY, preset=preset, neighbours="2", **changes))
-    assert errors == {}
+    request, errors = check(replace(TINY, preset=preset, neighbours="2", guidance="0.7", **changes))
+    assert errors == {} and request.negative_guidance == 0.7
     job = ended(Runner(), ablation(host, request))
     assert (job.state, job.message) == ("done", "")
     assert tuple(job.stages) == job.expected and "Solving the closed form" in job.expected
