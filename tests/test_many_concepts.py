@@ -16,7 +16,7 @@ from concept_ablation.core import closed_form, delta_file
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import write_json
-from concept_ablation.core.presets import recipe
+from concept_ablation.core.presets import guided, recipe
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.tasks import Task
@@ -163,7 +163,7 @@ def test_the_range_of_noise_levels_is_a_range_of_sampling_steps(modules, steps, 
 def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
     choose, model = modules.choose_presets, make_model()
     for preset, candidates in choose.CANDIDATES.items():
-        if preset == "subsets":
+        if preset in choose.GROUPED:
             continue
         plain = recipe(preset, model)
         assert candidates["as it is"].recipe(preset, model, "instance").training == plain.training
@@ -178,6 +178,13 @@ def test_a_candidate_changes_what_it_says_and_nothing_else(modules, make_model):
     assert fast["no closed form"].recipe("fast", model, "instance").closed_form is None
     closed = fast["closed form only"].recipe("fast", model, "instance")
     assert closed.training is None and closed.closed_form == recipe("fast", model).closed_form
+
+
+def test_values_of_negative_guidance_are_tried_on_what_the_preset_is(modules, make_model):
+    choose, model = modules.choose_presets, make_model()
+    tried = [candidate.recipe("guidance", model, "style") for candidate in choose.CANDIDATES["guidance"].values()]
+    assert [made.training.negative_guidance for made in tried] == list(choose.GUIDANCE)
+    assert all(guided(made, 0.0) == guided(recipe("balanced", model, "style"), 0.0) for made in tried)
 
 
 def test_the_rates_of_paper_are_tried_with_the_images_that_its_time_is_measured_with(modules, make_model):
@@ -203,7 +210,8 @@ def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_
         made = choose.row(bench, [CAT], "as it is", choose.Candidate())
         # target and preserved, 2 trajectories or images each, of 2 guided steps; 2 training steps
         teacher, sorts = 0 if preset == "fast" else 1, 1 if preset == "paper" else 2
-        assert made["rows"] == sorts * (2 * 2 * 2 + (3 + teacher) * (2 * 4)) and json.dumps(made)
+        away = 2 * 4 if preset == "balanced" else 0
+        assert made["rows"] == sorts * (2 * 2 * 2 + (3 + teacher) * (2 * 4)) + away and json.dumps(made)
         counted = sum(phase["forward"] + 3 * phase["trained"] for phase in made["tasks"][CAT.name]["phases"].values())
         assert counted == made["rows"]
         before = len(asked)
