@@ -161,6 +161,7 @@ class Bench:
             steps=self.sizes.floor_steps,
             flip=False,
             regularization=0.0,
+            negative_guidance=0.0,
         )
         loop, calls = timed_training(denoiser, rows, training)
         return {"loop": loop, "floor": bare_steps(denoiser, calls, training.subset)}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import low_rank
+from .batches import sent, shuffled
 from .delta import Attachment, Delta, LayerDelta, LowRank, check_fits
 from .denoiser import Denoiser
 from .errors import AblationError
@@ -22,7 +23,7 @@ from .losses import model_based
 from .parallel import current
 from .progress import ProgressCallback
 from .subsets import empty_delta
-from .trainer import Prompts, TrainResult, TrainSettings, optimize, sent, shuffled
+from .trainer import Prompts, TrainResult, TrainSettings, optimize
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .batches import sent, shuffled
 from .dataset import AblationDataset
 from .delta import Attachment, Delta
 from .denoiser import Conditioning, Denoiser, true_direction
@@ -336,23 +337,6 @@ def _batches(denoiser: Denoiser, dataset: AblationDataset, settings: TrainSettin
         anchor, target = rows[chosen].to(device).unbind(1)
         x = denoiser.add_noise(x0, noise, sigma)
         yield _Batch(x0, x, sigma, anchor, target, processes.count(settings.batch), of_all)
-
-
-def shuffled(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of `size` rows, each pass in a new order; empty ones if there are no rows."""
-    pool = rows[:0]
-    while True:
-        while len(rows) and len(pool) < size:
-            pool = torch.cat((pool, rows[torch.randperm(len(rows), generator=generator)]))
-        yield pool[:size]
-        pool = pool[size:]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without the host waiting for what the device still has to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _adamw(parameters: list[Tensor], rate: float, device: torch.device) -> torch.optim.AdamW:

@@ -44,11 +44,11 @@ def seen(monkeypatch):
             {"dataset": DRAWN, "training": TRAINING},
             {"encode": (0, 0), "closed form": (0, 0), "harvest": (5 * 3 * 2, 0), "train": (12, 12)},
         ),
-        # and with a teacher, which has no backward pass
+        # and with a teacher, which has no backward pass and is asked for the target, too, in four steps of two rows
         (
             "balanced",
             {"dataset": DRAWN, "training": TRAINING},
-            {"encode": (0, 0), "draw": (5 * 3 * 2, 0), "train": (24, 12)},
+            {"encode": (0, 0), "draw": (5 * 3 * 2, 0), "train": (24 + 4 * 2, 12)},
         ),
         # the student is its own teacher, and the anchor pairs of the regularization have a gradient too
         (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from concept_ablation.core import dataset, trainer
+from concept_ablation.core.batches import shuffled
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError, Diverged, Interrupted
@@ -215,7 +216,7 @@ def test_bad_settings_are_refused(change):
 
 def test_rows_pass_through_the_dataset_before_any_comes_again():
     rows = torch.arange(5)
-    batches = trainer.shuffled(rows, 2, torch.Generator().manual_seed(0))
+    batches = shuffled(rows, 2, torch.Generator().manual_seed(0))
     drawn = torch.cat([next(batches) for _ in range(5)])
     assert sorted(drawn[:5].tolist()) == sorted(drawn[5:].tolist()) == rows.tolist()
-    assert len(next(trainer.shuffled(rows[:0], 3, torch.Generator()))) == 0
+    assert len(next(shuffled(rows[:0], 3, torch.Generator()))) == 0

@@ -129,8 +129,7 @@ class AblatePage:
         gr.HTML('<p class="ca-group">Training</p>')
         with gr.Row():
             with gr.Column(min_width=130):
-                objectives = [PRESET, *OBJECTIVES]
-                self._field("objective", gr.Dropdown(objectives, value=PRESET, label="Objective"))
+                self._field("objective", gr.Dropdown([PRESET, *OBJECTIVES], value=PRESET, label="Objective"))
             with gr.Column(min_width=130):
                 self._field("subset", gr.Dropdown([PRESET, *SUBSETS], value=PRESET, label="Subset of weights"))
         with gr.Row():
