@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from concept_ablation.core.bench.pace import sampling_rows
 from concept_ablation.core.compiling import compiled
 from concept_ablation.core.concept import judge_texts
 from concept_ablation.core.delta import Delta
@@ -32,7 +33,7 @@ def hits(
     denoiser: Denoiser, judge: Judge, jobs: Sequence[Job], settings: EvaluationSettings, delta: Delta | None = None
 ) -> dict[str, list[list[int]]]:
     """Draw `jobs`, with `delta` or without an edit, and judge every picture."""
-    rows = 2 * settings.sample.steps * settings.seeds * sum(len(job.prompts) for job in jobs)
+    rows = sampling_rows(settings.seeds * sum(len(job.prompts) for job in jobs), settings.sample)
     with nullcontext() if delta is None else merged(delta, denoiser), compiled(denoiser, rows):
         drawn = draw(denoiser, jobs, settings, "Drawing")
     found = {}

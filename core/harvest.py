@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from .concept import Concept
 from .dataset import DatasetSettings, Plan, make_plan
 from .denoiser import Denoiser
 from .errors import AblationError
-from .losses import guided_away
+from .losses import check_guidance, guided_away
 from .progress import ProgressCallback, Reporter
 from .samplers import SampleSettings, sample_latents
 
@@ -56,8 +55,7 @@ class HarvestSettings:
     def __post_init__(self) -> None:
         if self.trajectories < 1 or self.prompts < 1 or self.batch < 1 or self.preserve < 0:
             raise AblationError("A harvest needs at least one trajectory, one prompt and a batch size of at least 1.")
-        if not (math.isfinite(self.negative_guidance) and self.negative_guidance >= 0):
-            raise AblationError(f"Negative guidance must be a number of at least 0, not {self.negative_guidance}.")
+        check_guidance(self.negative_guidance)
         if list(self.keep) != sorted(set(self.keep) & set(range(self.sample.steps))):
             raise AblationError(
                 f"The steps to keep must be different numbers from 0 to {self.sample.steps - 1} in ascending order, "
@@ -202,8 +200,9 @@ def _sample(
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     step = 0
     ablating = [place for place, (anchor, target) in enumerate(pairs) if anchor != target]
-    guided = bool(settings.negative_guidance and ablating)
-    targets = denoiser.encode([pairs[place][1] for place in ablating]) if guided else None
+    targets = None
+    if settings.negative_guidance and ablating:
+        targets = denoiser.encode([pairs[place][1] for place in ablating])
 
     def keep(x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
         nonlocal step

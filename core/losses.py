@@ -8,8 +8,12 @@ frozen teacher (Eq. 4), with the student's own stopped gradient (Eq. 5) and reve
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from .errors import AblationError
 
 
 def model_based(student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,6 +40,12 @@ def guided_away(anchor: Tensor, target: Tensor, eta: float) -> Tensor:
         eta: 0 gives `anchor`.
     """
     return anchor + eta * (anchor - target)
+
+
+def check_guidance(eta: float) -> None:
+    """Raise AblationError unless `guided_away` can take eta."""
+    if not (math.isfinite(eta) and eta >= 0):
+        raise AblationError(f"Negative guidance must be a number of at least 0, not {eta}.")
 
 
 def noise_based(student: Tensor, truth: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .dataset import AblationDataset
 from .delta import Attachment, Delta
 from .denoiser import Conditioning, Denoiser, true_direction
 from .errors import AblationError, Diverged
-from .losses import guided_away, loss_maximization, model_based, noise_based
+from .losses import check_guidance, guided_away, loss_maximization, model_based, noise_based
 from .low_rank import LEARNING_RATE_FACTOR
 from .parallel import Gradients, current
 from .progress import ProgressCallback, Reporter
@@ -92,8 +92,7 @@ class TrainSettings:
                 f"The subset '{self.subset}' has other layers than linear ones and cannot be trained with a rank: "
                 "choose cross-attn or attn, or train without a rank and compress the delta."
             )
-        if not (math.isfinite(self.negative_guidance) and self.negative_guidance >= 0):
-            raise AblationError(f"Negative guidance must be a number of at least 0, not {self.negative_guidance}.")
+        check_guidance(self.negative_guidance)
         if self.negative_guidance and self.objective not in FROZEN_TEACHER:
             raise AblationError(
                 f"The objective '{self.objective}' asks no frozen model, whose prediction negative guidance moves: set "
