@@ -23,7 +23,7 @@ from .metrics import Judge
 from .neighbours import generic_prompts, nearest
 from .parallel import current
 from .phases import Meter, Phase
-from .presets import Recipe
+from .presets import Recipe, guided
 from .progress import ProgressCallback, Reporter
 from .report import ReportInputs, delta_info, write_report
 from .screening import Screen
@@ -136,7 +136,8 @@ def train_on(denoiser: Denoiser, data: Data, recipe: Recipe, on_progress: Progre
     Args:
         denoiser: the model that made the dataset.
         data: images or harvested rows, whichever the recipe trains on.
-        recipe: its training, and the closed form that it begins with; how the dataset was made is in the dataset.
+        recipe: its training, and the closed form that it begins with; how the dataset was made is in the dataset,
+            which decides on the negative guidance of the closed form, too.
         on_progress: called after each step; raises to cancel.
 
     Raises:
@@ -153,7 +154,10 @@ def train_on(denoiser: Denoiser, data: Data, recipe: Recipe, on_progress: Progre
         )
     select(recipe.subset, denoiser)
     meter = Meter(denoiser)
-    surrounding = data.surrounding if isinstance(data, harvest.Harvest) else [()] * len(data.concepts)
+    surrounding: Sequence[Sequence[str]] = [()] * len(data.concepts)
+    if isinstance(data, harvest.Harvest):
+        surrounding = data.surrounding
+        recipe = guided(recipe, data.settings.negative_guidance)
     start = _closed_form(denoiser, data.concepts, surrounding, recipe, meter, on_progress)
     kind = "harvest" if harvested else "dataset"
     recipe = replace(recipe, auto_preserve=None, **{kind: data.settings})

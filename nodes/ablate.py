@@ -24,7 +24,18 @@ from ..core.trainer import OBJECTIVES
 from .dataset import size_of
 from .images import png_as_image
 from .progress import NodeProgress, memory_advice
-from .types import CATEGORY, PRESET, AblationDelta, Dataset, described, model_inputs, preset_input, seed_input
+from .types import (
+    CATEGORY,
+    PRESET,
+    AblationDelta,
+    Dataset,
+    described,
+    guidance_of,
+    model_inputs,
+    negative_guidance_input,
+    preset_input,
+    seed_input,
+)
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -86,6 +97,7 @@ class ConceptAblationAblate(io.ComfyNode):
                     tooltip="Compute activations again instead of keeping them: much less memory, about a third more "
                     "time.",
                 ),
+                negative_guidance_input("With the preset fast the dataset has it: leave it at -1 here."),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -115,6 +127,7 @@ class ConceptAblationAblate(io.ComfyNode):
         batch: int,
         seed: int,
         gradient_checkpointing: bool,
+        negative_guidance: float = -1.0,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         workflow = ((cls.hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
@@ -133,6 +146,7 @@ class ConceptAblationAblate(io.ComfyNode):
                 seed=seed,
                 training={name: value for name, value in overrides.items() if value}
                 | {"checkpointing": gradient_checkpointing},
+                negative_guidance=_guidance_beside(dataset, negative_guidance),
             )
             made = train_on(denoiser, dataset, chosen, progress)
             if vae is not None:
@@ -143,6 +157,17 @@ class ConceptAblationAblate(io.ComfyNode):
         # ComfyUI keeps a node's outputs; they should not keep memory of the GPU
         delta = made.delta.map(lambda tensor: tensor.cpu())
         return io.NodeOutput(*patched(model, clip, delta), delta, png_as_image(loss_plot(made.losses)))
+
+
+def _guidance_beside(dataset: Data, entered: float) -> float | None:
+    """Negative guidance of a training on this dataset; None is the preset's or, of harvested rows, their own."""
+    asked = guidance_of(entered)
+    if asked is not None and isinstance(dataset, Harvest) and asked != dataset.settings.negative_guidance:
+        raise AblationError(
+            f"This dataset was built with a negative guidance of {dataset.settings.negative_guidance:g}, and the "
+            "training follows it: set negative_guidance in Build Ablation Dataset, and leave it at -1 here."
+        )
+    return asked
 
 
 def check_drawn_by(dataset: Data, denoiser: Denoiser) -> None:

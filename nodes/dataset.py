@@ -33,7 +33,9 @@ from .types import (
     Concepts,
     Dataset,
     auto_preserve_input,
+    guidance_of,
     model_inputs,
+    negative_guidance_input,
     preset_input,
     seed_input,
     size_inputs,
@@ -119,6 +121,9 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     "on and a finished one is not drawn again. Delete the folder to free the space.",
                 ),
                 auto_preserve_input(),
+                negative_guidance_input(
+                    "With the preset fast only, whose dataset has it: with the others set it in Ablate Concept."
+                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -153,6 +158,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         seed: int,
         keep_on_disk: bool,
         auto_preserve: int = -1,
+        negative_guidance: float = -1.0,
         vae: VAE | None = None,
         original: Tensor | None = None,
         copy_detector: str = "",
@@ -182,7 +188,13 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 dataset={name: value for name, value in sizes.items() if value is not None}
                 | {"sample": sample, **({"batch": images_at_once} if images_at_once else {})},
                 auto_preserve=None if auto_preserve < 0 else auto_preserve,
+                negative_guidance=guidance_of(negative_guidance),
             )
+            if made.harvest is None and negative_guidance >= 0:
+                raise AblationError(
+                    f"Images are drawn without negative guidance, and {preset} trains on images: leave it at -1 here, "
+                    "and set it in Ablate Concept."
+                )
             screen = screen_of(instruments.load(concepts, original, copy_detector, device=denoiser.device))
             check_screen(made, screen)
             settings = _of_source(made.dataset or made.harvest, source)

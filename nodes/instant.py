@@ -15,7 +15,16 @@ from ..core.samplers import SampleSettings
 from ..core.subsets import SUBSETS
 from .ablate import as_many, send_thumbnails
 from .progress import NodeProgress, memory_advice
-from .types import CATEGORY, AblationDelta, Concepts, auto_preserve_input, described, model_inputs
+from .types import (
+    CATEGORY,
+    AblationDelta,
+    Concepts,
+    auto_preserve_input,
+    described,
+    guidance_of,
+    model_inputs,
+    negative_guidance_input,
+)
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -43,6 +52,7 @@ class ConceptAblationInstant(io.ComfyNode):
                     tooltip=described({name: SUBSETS[name] for name in SUBSETS_SOLVED}),
                 ),
                 auto_preserve_input(),
+                negative_guidance_input(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -66,6 +76,7 @@ class ConceptAblationInstant(io.ComfyNode):
         concepts: tuple[Task, ...],
         subset: str,
         auto_preserve: int = -1,
+        negative_guidance: float = -1.0,
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id, model)
@@ -78,6 +89,7 @@ class ConceptAblationInstant(io.ComfyNode):
                 concepts[0].concept.kind,
                 subset=subset,
                 auto_preserve=None if auto_preserve < 0 else auto_preserve,
+                negative_guidance=guidance_of(negative_guidance),
             )
             made = ablate(denoiser, concepts, chosen, on_progress=progress)
             if vae is not None:

@@ -54,6 +54,25 @@ def auto_preserve_input() -> io.Input:
     )
 
 
+def negative_guidance_input(note: str = "") -> io.Input:
+    """How far the edit goes beyond the anchor; below 0 it is the preset's. `note` is said after the rest."""
+    return io.Float.Input(
+        "negative_guidance",
+        default=-1.0,
+        min=-1.0,
+        max=100.0,
+        step=0.1,
+        optional=True,
+        tooltip="How far beyond the anchor the edit goes, away from the target: for an anchor that is often its "
+        f"target, as a bird is often a rooster. 0 is Eq. 4 of the paper, -1 is the preset's. {note}".rstrip(),
+    )
+
+
+def guidance_of(value: float) -> float | None:
+    """What was entered as negative guidance; None is the preset's."""
+    return None if value < 0 else value
+
+
 def size_inputs() -> list[io.Input]:
     """Width and height of the images, in pixels."""
     tooltip = "{} of the images in pixels; 0 is the model's own size (512 for SD 1.x, 1024 for SDXL)."

@@ -29,7 +29,6 @@ from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.nodes import NODES, ablate, dataset, deltas, evaluate, leaks, paths
 from concept_ablation.nodes.concept import ConceptAblationConcept, names
 from concept_ablation.nodes.emoji import ConceptAblationLoadEmojiDiffusion
-from concept_ablation.nodes.instant import ConceptAblationInstant
 
 NAMES = {
     "ConceptAblationConcept": "Concept to Ablate",
@@ -353,26 +352,3 @@ def test_from_concept_to_report(folders, sent):
     assert sheet.shape[0] == 1 and isinstance(prompts, str)
     told = json.loads((folders.output / "concept_ablation" / "leaks_00001" / "leaks.json").read_text("utf-8"))
     assert told["target"] == "tropical fish" and "a clownfish" in {one["prompt"] for one in told["findings"]}
-
-
-def test_the_quick_presets(folders, sent):
-    emoji, clip, vae = run(ConceptAblationLoadEmojiDiffusion).args
-    concepts = run(ConceptAblationConcept, surrounding="shark")[0]
-    shared = {"model": emoji, "clip": clip}
-    edited, _, delta = run(ConceptAblationInstant, concepts=concepts, auto_preserve=2, vae=vae, **shared).args
-    assert edited is not emoji and delta.metadata["concept_ablation.objective"] == "closed-form"
-    assert not any(tensor.is_inference() for layer in delta.layers.values() for tensor in layer.tensors())
-    assert len(sent[-1][1]["pictures"]["after"]) == 4
-
-    small = {"preset": "fast", "concepts": concepts, "images": 2, "preserve": 2, "steps": 2, "width": 64, "height": 64}
-    build = dataset.ConceptAblationBuildDataset
-    rows, preview = run(build, auto_preserve=1, images_at_once=2, **small, **shared).args
-    assert rows.x.shape == (8, 4, 8, 8) and preview.shape == (2, 64, 64, 3)
-    assert rows.surrounding[0][0] == "shark" and len(rows.surrounding[0]) == 2
-    train = {"dataset": rows, "steps": 2, "batch": 2, **shared}
-    delta = run(ablate.ConceptAblationAblate, preset="fast", **train)[2]
-    assert delta.metadata["concept_ablation.start"] == "closed-form"
-    with pytest.raises(AblationError, match="choose the same preset"):
-        run(ablate.ConceptAblationAblate, preset="balanced", **train)
-    with pytest.raises(AblationError, match="set source to anchor"):
-        run(build, source="target", **small, **shared)

@@ -132,8 +132,7 @@ def memorized(flow: Workflow) -> None:
         "## A memorized image\n\n"
         "Some captions bring one training image back. The target is such a caption; the anchor and *prompts* ask for "
         "something like it in words that do not bring it back. All weights of the denoiser are trained (subset "
-        "*full*), as in the paper, so the delta is as large as the denoiser, and *learning_rate* is a fifth of the "
-        "preset's.\n\n"
+        "*full*), as in the paper, so the delta is as large as the denoiser.\n\n"
         "**Press Run.** About two minutes on two CPU cores.\n\n"
         "**Afterwards:** in the sheet *Before and after* the target's pictures should differ from one another, as "
         "the anchor's do.\n\n"
@@ -158,7 +157,7 @@ def memorized(flow: Workflow) -> None:
         concepts,
         REGATTA,
         dataset=DATASET | {"preserve": 32},
-        training=TRAINING | {"subset": "full", "steps": 50, "learning_rate": 1e-4},
+        training=TRAINING | {"subset": "full"},
         evaluation=EVALUATION | {"prompts": 1, "images_per_prompt": 8},
     )
 
