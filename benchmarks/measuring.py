@@ -1,28 +1,22 @@
-"""What the benchmark programs measure alike: accuracy as single hits, and where time and network evaluations go."""
+"""What the benchmark programs measure alike: accuracy as single hits, and where time and network rows go."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from concept_ablation.core.bench.pace import sampling_rows
 from concept_ablation.core.compiling import compiled
 from concept_ablation.core.concept import judge_texts
 from concept_ablation.core.delta import Delta
-from concept_ablation.core.denoiser import Conditioning, Denoiser
+from concept_ablation.core.denoiser import Denoiser
 from concept_ablation.core.evaluation import EvaluationSettings, Job, draw
 from concept_ablation.core.merged import merged
 from concept_ablation.core.metrics import Judge, clip_hits
-from concept_ablation.core.progress import Progress
+from concept_ablation.core.phases import Phase
 from concept_ablation.core.statistics import Estimate, difference_interval, share_interval
 
 Hits = Mapping[str, Sequence[Sequence[int]]]
@@ -81,67 +75,15 @@ def _prompts(found: Sequence[Hits]) -> list[tuple[int, str, int]]:
     ]
 
 
-@dataclass
-class Phase:
-    """What one phase of an ablation cost.
+def costs(phases: Sequence[Phase], seconds: float) -> dict[str, dict[str, float]]:
+    """The phases of an ablation for a JSON file, and what they leave of its `seconds` as the phase "rest".
 
-    Attributes:
-        seconds: wall time.
-        forward: rows that went through the network without gradients: one for each picture and step, two with guidance.
-        trained: rows that went through it with gradients, forward and backward.
+    `forward` counts rows that went through the network without gradients: one for each picture and step, two with
+    guidance; `trained` those that went forward and backward.
     """
-
-    seconds: float = 0.0
-    forward: int = 0
-    trained: int = 0
-
-
-class PhaseMeter:
-    """Counts what `denoiser` does within the block, by the phases that a progress callback is told of.
-
-    The meter is that callback: what happened since the last call belongs to the phase of this one, and what comes after
-    the last to the phase "rest".
-    """
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self._open = Phase()
-        self.phases: dict[str, Phase] = {}
-        self.seconds = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        self._close(progress.phase)
-
-    def __enter__(self) -> PhaseMeter:
-        denoise = self._denoiser.denoise
-
-        def counted(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-            if torch.is_grad_enabled():
-                self._open.trained += len(x)
-            else:
-                self._open.forward += len(x)
-            return denoise(x, sigma, cond)
-
-        # on the object, where it hides the class's method until the block ends
-        self._denoiser.denoise = counted
-        self._start = self._last = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        del self._denoiser.denoise
-        self._close("rest")
-        self.seconds = self._last - self._start
-
-    def _close(self, name: str) -> None:
-        now = time.perf_counter()
-        phase = self.phases.setdefault(name, Phase())
-        phase.seconds += now - self._last
-        phase.forward += self._open.forward
-        phase.trained += self._open.trained
-        self._last, self._open = now, Phase()
-
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """The phases for a JSON file."""
-        return {name: vars(phase) for name, phase in self.phases.items()}
+    found = {
+        phase.name: {"seconds": phase.seconds, "forward": phase.forward - phase.backward, "trained": phase.backward}
+        for phase in phases
+    }
+    known = sum(phase.seconds for phase in phases)
+    return {**found, "rest": {"seconds": seconds - known, "forward": 0, "trained": 0}}

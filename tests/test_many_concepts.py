@@ -185,6 +185,12 @@ def test_values_of_negative_guidance_are_tried_on_what_the_preset_is(modules, ma
     tried = [candidate.recipe("guidance", model, "style") for candidate in choose.CANDIDATES["guidance"].values()]
     assert [made.training.negative_guidance for made in tried] == list(choose.GUIDANCE)
     assert all(guided(made, 0.0) == guided(recipe("balanced", model, "style"), 0.0) for made in tried)
+    for name, candidate in choose.CANDIDATES["quick_guidance"].items():
+        preset, _, eta = name.partition(", ")
+        made = candidate.recipe("quick_guidance", model, "style")
+        assert guided(made, 0.0).closed_form == recipe(preset, model).closed_form
+        assert made.closed_form.negative_guidance == float(eta)
+        assert (made.harvest or made.closed_form).negative_guidance == float(eta)
 
 
 def test_the_rates_of_paper_are_tried_with_the_images_that_its_time_is_measured_with(modules, make_model):

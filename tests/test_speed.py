@@ -15,7 +15,7 @@ import torch
 
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.harvest import HarvestSettings, harvest
-from concept_ablation.core.progress import Progress
+from concept_ablation.core.phases import Phase
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.statistics import Estimate, share_interval
 from concept_ablation.core.tasks import Task, load_tasks
@@ -99,28 +99,11 @@ def test_accuracy_resamples_prompts_and_a_change_is_paired(modules):
     assert measuring.plain(Estimate(0.5, nan, nan)) == {"value": 0.5, "low": None, "high": None}
 
 
-def test_the_meter_gives_each_phase_its_rows_and_leaves_the_model_as_it_was(modules, tiny):
-    x, cond = torch.randn(3, *tiny.latent_shape), tiny.encode(["a", "b", "c"])
-
-    def ask(rows):
-        tiny.direction(x[:rows], torch.ones(rows), cond[:rows])
-
-    with modules.measuring.PhaseMeter(tiny) as meter:
-        with torch.no_grad():
-            ask(3)
-            meter(Progress("Drawing", 1, 2, 0.0))
-            ask(2)
-            meter(Progress("Drawing", 2, 2, 0.0))
-            ask(1)
-        ask(2)
-        meter(Progress("Training", 1, 1, 0.0))
-        with torch.no_grad():
-            ask(1)
-    assert "denoise" not in vars(tiny)
-    found = meter.summary()
-    rows = {name: (phase["forward"], phase["trained"]) for name, phase in found.items()}
-    assert rows == {"Drawing": (5, 0), "Training": (1, 2), "rest": (1, 0)}
-    assert meter.seconds == pytest.approx(sum(phase["seconds"] for phase in found.values()))
+def test_a_phase_costs_rows_of_both_passes_or_of_one(modules):
+    phases = (Phase("draw", 2.0, 48, 0), Phase("train", 3.0, 20, 12))
+    found = modules.measuring.costs(phases, 5.5)
+    rows = {name: (phase["seconds"], phase["forward"], phase["trained"]) for name, phase in found.items()}
+    assert rows == {"draw": (2.0, 48, 0), "train": (3.0, 8, 12), "rest": (0.5, 0, 0)}
 
 
 def test_presets_take_turns(modules):
@@ -144,8 +127,8 @@ def test_the_first_part_measures_every_preset_and_goes_on_where_it_was(modules, 
     balanced, paper = row["presets"]["balanced"], row["presets"]["paper"]
     assert len(balanced["seconds"]) == 2 and len(paper["seconds"]) == 1
     # 3 pictures of 2 guided steps; 3 training steps of 4 rows, each with a teacher's pass
-    assert paper["phases"]["Drawing the dataset"]["forward"] == 3 * 2 * 2
-    assert (paper["phases"]["Training"]["forward"], paper["phases"]["Training"]["trained"]) == (3 * 4, 3 * 4)
+    assert paper["phases"]["draw"]["forward"] == 3 * 2 * 2
+    assert (paper["phases"]["train"]["forward"], paper["phases"]["train"]["trained"]) == (3 * 4, 3 * 4)
     assert part["presets"]["paper"]["forward"] == 12 + 12 and part["presets"]["paper"]["trained"] == 12
     for accuracy in (row["before"]["target_accuracy"], paper["target_accuracy"], balanced["surrounding_accuracy"]):
         assert 0 <= accuracy["value"] <= 1 and accuracy["low"] <= accuracy["value"] <= accuracy["high"]

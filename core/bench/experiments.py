@@ -160,7 +160,7 @@ def _memorized(selection: Selection) -> list[Job]:
     """Fig. 9 and Table 1: copies of memorized images, by subset, and the paper's choice of captions."""
     methods = [replace(selection.varied, subset=name) for name in MEMORIZED_SUBSETS]
     methods.append(selection.forgetting)
-    return _evaluations(selection.of("memorized"), methods, selection.seeds)
+    return _evaluations(selection.of("memorized")[: selection.compare], methods, selection.seeds)
 
 
 def _several(selection: Selection) -> list[Job]:
