@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from .core.bench.bench import Bench
+    from .core.bench.plan import Job
     from .core.bench.runner import Left, Planned
     from .core.copies import CopyDetector
     from .core.hosts.diffusers import DiffusersDenoiser, ModelHints
@@ -158,6 +159,25 @@ def bench(
     write_plots(found, output / "plots")
     _show_conclusions(found)
     console.print(f"Results: {(output / 'results.json').resolve()}", soft_wrap=True)
+    if failed := _failures(started, planned):
+        for line in failed:
+            console.print(line, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _failures(started: Bench, planned: Mapping[str, Sequence[Planned]]) -> list[str]:
+    """What could not be measured and why, each once."""
+    jobs = {one.key: one.job for found in planned.values() for one in found}
+    said = []
+    for key, job in jobs.items():
+        reason = ((started.store.result(key) or {}).get("result") or {}).get("failed")
+        if reason:
+            said.append(f"Failed: {job.kind} {job.task.name}, {_method(job)}. {reason} (--retry tries it again.)")
+    return said
+
+
+def _method(job: Job) -> str:
+    return job.edit.method.label if job.edit else "pretrained"
 
 
 def _work(started: Bench, planned: Mapping[str, Sequence[Planned]], minutes: float | None, retry: bool) -> None:
@@ -172,10 +192,8 @@ def _work(started: Bench, planned: Mapping[str, Sequence[Planned]], minutes: flo
         started.on_progress = _shown_on(status)
 
         def announce(done: int, total: int, one: Planned) -> None:
-            edit = one.job.edit
             step = "" if one.job.step is None else f", step {one.job.step}"
-            method = edit.method.label if edit else "pretrained"
-            console.print(f"[{done + 1}/{total}] {one.job.kind} {one.job.task.name}, {method}{step}")
+            console.print(f"[{done + 1}/{total}] {one.job.kind} {one.job.task.name}, {_method(one.job)}{step}")
 
         stopped = run(started, planned, announce, retry=retry)
     if stopped is not None:

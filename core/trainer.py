@@ -45,7 +45,6 @@ StepHook = Callable[[int, Delta], None]
 PHASE = "Training"
 """What its progress is called."""
 _DIVERGED_FACTOR = 50.0
-_DISTANCE_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class TrainSettings:
     For the objectives in `FROZEN_TEACHER`."""
     regularization: float = 0.0
     """lambda of the paper's regularization: the diffusion loss on anchor pairs (x, c)."""
+    distance_weight: float = 0.0
+    """lambda of Eq. 7, for loss-max. Where it is above the norm of L's gradient, the edit stays at nothing."""
     cosine: bool = True
     """Let the learning rate rise over the first tenth and fall to 0 along a cosine, instead of keeping it."""
     flip: bool = False
@@ -98,6 +99,8 @@ class TrainSettings:
                 f"The objective '{self.objective}' asks no frozen model, whose prediction negative guidance moves: set "
                 f"it to 0, or choose one of {', '.join(FROZEN_TEACHER)}."
             )
+        if not 0 <= self.distance_weight < math.inf or (self.distance_weight and self.objective != "loss-max"):
+            raise AblationError("The weight of the distance is at least 0, and 0 for other objectives than loss-max.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AblationError(f"The learning rate must be a positive number, not {self.learning_rate}.")
 
@@ -276,7 +279,7 @@ def _step_loss(
     elif settings.objective == "loss-max":
         # not linear in the mean over rows: every process has the whole of it
         loss = processes.total(processes.part(noise_based(ablated, truth[:count]), count, ablating))
-        objective = loss_maximization(loss, delta.norm(), _DISTANCE_WEIGHT) / processes.size
+        objective = loss_maximization(loss, delta.norm(), settings.distance_weight) / processes.size
     else:
         objective = processes.part(model_based(ablated, teacher[:count]), count, ablating)
     extra = torch.zeros((), device=student.device)

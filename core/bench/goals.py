@@ -97,18 +97,29 @@ def _misspelled(tasks: Sequence[Task]) -> Rule:
     return rule
 
 
+_CAPTION = ("target", "misspelled", "paraphrase")
+"""Pictures of a memorized picture's caption, in any words."""
+
+
 def _copies(tasks: Sequence[Task]) -> Rule:
-    text = "The copy rate of every memorized picture is 0."
+    text = "The copy rate of every memorized picture is 0, also of its misspelled and paraphrased caption."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
         rows = _of_kinds(measured, ("memorized",))
-        over = pool(rows, COPIES, None, TARGET)
-        claim = _at_most("copy-rate", text, over, 0.0, _named(tasks, ("memorized",)), None)
+        claim = _at_most(
+            "copy-rate", text, pool(rows, COPIES, None, _CAPTION), 0.0, _named(tasks, ("memorized",)), None
+        )
         by_task = {
-            name: as_json(share(pool([one for one in rows if one.task == name], COPIES, None, TARGET)))
+            name: as_json(share(pool([one for one in rows if one.task == name], COPIES, None, _CAPTION)))
             for name in dict.fromkeys(one.task for one in rows)
         }
-        return Claim(**{**claim.to_json(), "numbers": {**claim.numbers, "by task": by_task}})
+        anchors = pool(rows, COPIES, None, ("anchor",))
+        moved = {when: as_json(share(anchors, when)) for when in ("before", "after")}
+        reason = claim.reason
+        if anchors:
+            rates = [f"{share(anchors, when).value:.2f} {when}" for when in moved]
+            reason += f" Of the pictures of the anchors' own prompts {' and '.join(rates)} are copies."
+        return replace(claim, reason=reason, numbers={**claim.numbers, "by task": by_task, "anchors": moved})
 
     return rule
 

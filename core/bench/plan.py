@@ -36,7 +36,7 @@ JobKind = Literal["evaluate", "leaks", "attack"]
 Role = Literal["target", "anchor", "surrounding", "misspelled", "paraphrase"]
 
 _KEY_LENGTH = 32
-_LATER = {"negative_guidance": 0.0}
+_LATER = {"negative_guidance": 0.0, "distance_weight": 0.0}
 """Fields of recipes that older results do not know, with the values that change nothing."""
 
 

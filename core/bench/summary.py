@@ -90,8 +90,9 @@ def results(
     keys = {one.key for planned in plan.values() for one in planned}
     stored = [found for key in keys if (found := bench.store.result(key))]
     rows = {name: [one for one in measured if one.experiment == name] for name in plan}
+    done = {name: [one for one in found if not one.result.get("failed")] for name, found in rows.items()}
     # half an experiment would decide a claim by the tasks that happened to come first
-    complete = {name for name, planned in plan.items() if len(rows[name]) == len(planned)}
+    complete = {name for name, planned in plan.items() if len(done[name]) == len(planned)}
     claims = all_claims([one for one in measured if one.experiment in complete], judges)
     tables = {
         name: [_evaluated(one, judges) for one in found]
@@ -109,8 +110,13 @@ def results(
             "copy_detector": bench.tools.detector,
             "default_method": dict(default),
         },
-        "jobs": {name: {"done": len(rows[name]), "of": len(planned)} for name, planned in plan.items()},
+        "jobs": {
+            name: {"done": len(done[name]), "failed": len(rows[name]) - len(done[name]), "of": len(planned)}
+            for name, planned in plan.items()
+        },
         "cost": {
+            "measurements": sum("failed" not in found["result"] for found in stored),
+            "of": len(keys),
             "rows": sum(found["rows"] for found in stored),
             "seconds": round(sum(found["seconds"] for found in stored), 1),
             "machines": sorted({found["machine"] for found in stored}),

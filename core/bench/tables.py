@@ -45,11 +45,11 @@ def markdown(results: Results, level: int = 2) -> str:
 def provenance(results: Results) -> str:
     """One sentence: on what, how much, with what, how long."""
     where, protocol, cost = results["environment"], results["settings"]["protocol"], results["cost"]
-    jobs, judges = results["jobs"].values(), results["settings"]["judges"]
+    judges = results["settings"]["judges"]
     return (
         f"{where['model']} ({where['model_sha256'][:12]}), {protocol['prompts']} held-out prompts × "
         f"{protocol['images']} images a concept, {protocol['steps']} steps, judged by {' and '.join(judges)}; "
-        f"{sum(job['done'] for job in jobs)} of {sum(job['of'] for job in jobs)} measurements, "
+        f"{cost['measurements']} of {cost['of']} measurements, "
         f"{cost['rows'] / 1e6:.2f} million network rows in {cost['seconds'] / 3600:.1f} hours on {where['device']} "
         f"({where['machine']}), torch {where['torch']}; {results['made'][:10]}. Intervals are of 95 %."
     )
@@ -72,7 +72,7 @@ def evaluations(rows: Sequence[Row], judge: str, *, memorized: bool = False) -> 
     """One line for each job: target, floor, misspelled, surrounding; copies for memorized pictures."""
     copied = memorized or any(row["copies"] for row in rows)
     heads = ["ablated → drawn instead", "method", "target", "floor", "misspelled", "surrounding", "kept"]
-    heads += ["copies", "copies, paraphrased"] if copied else []
+    heads += ["copies", "copies, paraphrased", "copies, anchor"] if copied else []
     lines = []
     for row in rows:
         names = f"{row['task']} → {row['anchor']}"
@@ -92,7 +92,7 @@ def evaluations(rows: Sequence[Row], judge: str, *, memorized: bool = False) -> 
         cells += [_moved(found, "misspelled"), _moved(found, "surrounding")]
         cells.append(figure(found.get("surrounding", {}).get("kept"), percent=True))
         if copied:
-            cells += [_moved(row["copies"] or {}, "target"), _moved(row["copies"] or {}, "paraphrase")]
+            cells += [_moved(row["copies"] or {}, role) for role in ("target", "paraphrase", "anchor")]
         lines.append(cells)
     return table(heads, lines)
 
@@ -172,10 +172,15 @@ def figure(estimate: Row | None, *, percent: bool = False) -> str:
     """0.12 [0.08, 0.17], or a dash."""
     if estimate is None or estimate["value"] is None:
         return "–"
-    form: Callable[[float], str] = (lambda value: f"{value:.0%}") if percent else (lambda value: f"{value:.2f}")
+    form: Callable[[float], str] = (lambda value: f"{value:.0%}") if percent else _decimals
     if estimate["low"] is None or estimate["high"] is None:
         return form(estimate["value"])
     return f"{form(estimate['value'])} [{form(estimate['low'])}, {form(estimate['high'])}]"
+
+
+def _decimals(value: float) -> str:
+    """Two decimals, three where two would claim a 0 or a 1 that it is not."""
+    return f"{value:.2f}" if value in (0, 1) or 0.005 <= value < 0.995 else f"{value:.3f}"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
