@@ -29,7 +29,7 @@ from .report import ReportInputs, delta_info, write_report
 from .screening import Screen
 from .subsets import select
 
-DELTA_FILE = "delta.safetensors"
+DELTA_FILE, DATASET_FOLDER = "delta.safetensors", "dataset"
 _ENCODED_AT_ONCE = 32
 
 Data = dataset.AblationDataset | harvest.Harvest
@@ -289,7 +289,7 @@ def ablate_and_report(
         require_writable(output)
     instruments = instruments or Instruments()
     screen = screen_of(instruments)
-    made = ablate(denoiser, tasks, recipe, directory=output / "dataset", screen=screen, on_progress=on_progress)
+    made = ablate(denoiser, tasks, recipe, directory=output / DATASET_FOLDER, screen=screen, on_progress=on_progress)
     if writes:
         delta_file.save(made.delta, output / DELTA_FILE)
     found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress, instruments)

@@ -199,11 +199,6 @@ def border_colour(image: np.ndarray) -> np.ndarray:
     return np.median(image[~inside], axis=0)
 
 
-def nearest_colour(colour: np.ndarray, palette: Mapping[str, Sequence[float]]) -> str:
-    """The name in `palette` of the colour nearest to `colour`, [3]."""
-    return min(palette, key=lambda name: float(np.square(colour - np.asarray(palette[name])).sum()))
-
-
 def layout(image: np.ndarray) -> Layout:
     """Where the subject of a picture, uint8 [height, width, 3], is: the pixels unlike the colour of its border."""
     distance = np.linalg.norm(image.astype(np.float64) - border_colour(image), axis=-1)

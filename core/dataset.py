@@ -151,7 +151,7 @@ def build(
     plan = make_plan(concepts, surrounding or [()] * len(concepts), denoiser.prompt_source, settings)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
-    shards.claim(directory, _manifest(plan, settings, concepts, model, screen))
+    shards.claim(directory, _manifest(denoiser, plan, settings, concepts, model, screen))
     reporter = Reporter(on_progress, "Drawing the dataset", len(batches) * settings.sample.steps)
     column = 0 if settings.source == "anchor" else 1
 
@@ -170,7 +170,7 @@ def build(
     parts = shards.complete(directory, shapes, drawn, lambda: reporter.advance(settings.sample.steps))
     latents = torch.cat([part["latents"] for part in parts]).float()
     if screen is not None:
-        latents, plan = _kept(latents, plan, torch.cat([part["kept"] for part in parts]))
+        latents, plan = _kept(latents, plan, torch.cat([part["kept"] for part in parts]), concepts)
     return AblationDataset(latents, plan, settings, tuple(concepts), model)
 
 
@@ -181,19 +181,19 @@ def load(directory: Path) -> AblationDataset:
         AblationError: it is missing, incomplete or damaged, or the folder holds a harvest.
     """
     manifest = shards.read_manifest(directory)
-    if manifest is None or "keep" in manifest["settings"]:
+    if manifest is None or "keep" in manifest.get("settings", {"keep": None}):
         raise AblationError(f"{directory} holds no dataset: build one there first.")
     settings = dict(manifest["settings"])
     settings["sample"] = SampleSettings(**settings["sample"])
     plan = Plan(tuple(manifest["prompts"]), tuple((anchor, target) for anchor, target in manifest["rows"]))
+    concepts = shards.read_concepts(manifest["concepts"])
     screened = "screen" in manifest
     parts = shards.read_all(directory, ["latents", "kept"] if screened else ["latents"])
     if sum(len(part[0]) for part in parts) != len(plan.rows):
         raise AblationError(f"The dataset in {directory} is not finished: run the build again to complete it.")
     latents = torch.cat([part[0] for part in parts]).float()
     if screened:
-        latents, plan = _kept(latents, plan, torch.cat([part[1] for part in parts]))
-    concepts = shards.read_concepts(manifest["concepts"])
+        latents, plan = _kept(latents, plan, torch.cat([part[1] for part in parts]), concepts)
     return AblationDataset(latents, plan, DatasetSettings(**settings), concepts, manifest["model"])
 
 
@@ -243,24 +243,34 @@ def _screened(
     return kept
 
 
-def _kept(latents: Tensor, plan: Plan, kept: Tensor) -> tuple[Tensor, Plan]:
+def _kept(latents: Tensor, plan: Plan, kept: Tensor, concepts: Sequence[Concept]) -> tuple[Tensor, Plan]:
     """Latents and plan without the rows that a screen left out.
 
     Raises:
-        AblationError: too few are left.
+        AblationError: too few are left of a concept, each of which has as many rows as another (`make_plan`).
     """
-    require_enough(kept.tolist(), [anchor == target for anchor, target in plan.rows])
+    block = len(plan.rows) // len(concepts)
+    for number, concept in enumerate(concepts):
+        own = slice(number * block, (number + 1) * block)
+        preserving = [anchor == target for anchor, target in plan.rows[own]]
+        require_enough(kept[own].tolist(), preserving, concept.anchor)
     rows = tuple(row for row, passed in zip(plan.rows, kept.tolist(), strict=True) if passed)
     return latents[kept.bool()], Plan(plan.prompts, rows)
 
 
 def _manifest(
-    plan: Plan, settings: DatasetSettings, concepts: Sequence[Concept], model: str, screen: Screen | None
+    denoiser: Denoiser,
+    plan: Plan,
+    settings: DatasetSettings,
+    concepts: Sequence[Concept],
+    model: str,
+    screen: Screen | None,
 ) -> dict[str, Any]:
     return {
         **({} if screen is None else {"screen": screen.described}),
         "format": _FORMAT,
         "model": model,
+        "setup": denoiser.setup(),
         "concepts": shards.describe_concepts(concepts),
         "settings": asdict(settings),
         "prompts": plan.prompts,

@@ -84,6 +84,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sou
         parts.setdefault(key.removesuffix(suffix), {})[suffix] = tensor
     if not parts:
         raise AblationError(f"{source} is empty: give a delta or a LoRA.")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise AblationError(f"{source} holds NaN or infinity: get the file again.")
     return Delta({name: _layer(name, part, source) for name, part in parts.items()}, dict(metadata))
 
 
@@ -91,11 +93,12 @@ def _layer(name: str, part: Mapping[str, Tensor], source: str) -> LayerDelta:
     weight: Tensor | LowRank | None = part.get(".diff")
     up, down = part.get(".lora_up.weight"), part.get(".lora_down.weight")
     alone = up is None and down is None and (weight is not None or ".diff_b" in part)
-    if not alone and (weight is not None or not _are_factors(up, down)):
+    whole = ".alpha" not in part or part[".alpha"].numel() == 1
+    if not whole or (not alone and (weight is not None or not _are_factors(up, down))):
         raise AblationError(f"{source} has an incomplete or contradictory entry for {name}: get the file again.")
     if up is not None and down is not None:
         rank = down.shape[0]
-        alpha = float(part.get(".alpha", torch.tensor(float(rank))))
+        alpha = float(part.get(".alpha", torch.tensor(float(rank))).flatten()[0])
         weight = LowRank(up.flatten(1) * (alpha / rank), down)
     return LayerDelta(weight, part.get(".diff_b"))
 

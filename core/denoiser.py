@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,13 @@ class Denoiser(ABC):
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(raw.numpy().tobytes())
         return digest.hexdigest()
+
+    def setup(self) -> dict[str, Any]:
+        """What decides beside the weights what is drawn, as JSON has it: a dataset of one setup is not gone on with in
+        another.
+        """
+        sigmas = hashlib.sha256(self.sigmas.numpy().tobytes()).hexdigest()
+        return {"latent_shape": list(self.latent_shape), "sigmas": sigmas}
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """What the fingerprint covers, in an order of its own. Hosts leave out what has no effect."""

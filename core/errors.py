@@ -13,6 +13,10 @@ class IncompatibleDelta(AblationError):
     """A delta does not fit the model that it is attached to."""
 
 
+class OtherDataset(AblationError):
+    """A folder holds a dataset of something else than it is to hold now."""
+
+
 class Diverged(AblationError):
     """Training ended in NaN or infinity, or its loss rose far above where it began; no delta is returned."""
 

@@ -143,7 +143,7 @@ def harvest(
     plan = make_plan(concepts, held, denoiser.prompt_source, settings.sizes)
     model = denoiser.fingerprint()
     batches = shards.ranges(len(plan.rows), settings.batch)
-    shards.claim(directory, _manifest(plan, settings, concepts, held, model))
+    shards.claim(directory, _manifest(denoiser, plan, settings, concepts, held, model))
     reporter = Reporter(on_progress, "Harvesting", len(batches) * settings.sample.steps)
 
     def sampled(number: int) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def load(directory: Path) -> Harvest:
         AblationError: it is missing, incomplete or damaged, or the folder holds a dataset of images.
     """
     manifest = shards.read_manifest(directory)
-    if manifest is None or "keep" not in manifest["settings"]:
+    if manifest is None or "keep" not in manifest.get("settings", {}):
         raise AblationError(f"{directory} holds no harvest: make one there first.")
     told = manifest["settings"]
     settings = HarvestSettings(**{**told, "keep": tuple(told["keep"]), "sample": SampleSettings(**told["sample"])})
@@ -189,6 +189,7 @@ def load(directory: Path) -> Harvest:
     )
 
 
+@torch.no_grad()
 def _sample(
     denoiser: Denoiser,
     pairs: Sequence[tuple[str, str]],
@@ -225,6 +226,7 @@ def _sample(
 
 
 def _manifest(
+    denoiser: Denoiser,
     plan: Plan,
     settings: HarvestSettings,
     concepts: Sequence[Concept],
@@ -234,6 +236,7 @@ def _manifest(
     return {
         "format": _FORMAT,
         "model": model,
+        "setup": denoiser.setup(),
         "concepts": shards.describe_concepts(concepts),
         "surrounding": surrounding,
         "settings": asdict(settings),

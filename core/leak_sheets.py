@@ -22,6 +22,9 @@ def write_leaks(folder: Path, report: LeakReport) -> list[Path]:
         AblationError: `folder` cannot be written, or the disk is full.
     """
     sheets = []
+    # an earlier scan may have found more
+    for old in (folder / "leaks.png", *folder.glob("leak_[0-9]*.png")):
+        old.unlink(missing_ok=True)
     for number, finding in enumerate(report.leaks, start=1):
         if finding.images_after is None:
             continue
@@ -34,7 +37,8 @@ def write_leaks(folder: Path, report: LeakReport) -> list[Path]:
 
 
 def write_feed_back(path: Path, report: LeakReport) -> int:
-    """Write the leaks as a file of further target prompts, which another ablation takes; without a leak, nothing.
+    """Write the leaks as a file of further target prompts, which another ablation takes; without a leak there is none,
+    nor one of an earlier scan.
 
     Returns:
         How many there are.
@@ -45,6 +49,8 @@ def write_feed_back(path: Path, report: LeakReport) -> int:
     lines = feed_back_lines(report)
     if lines:
         write_text(path, as_lines(lines))
+    else:
+        path.unlink(missing_ok=True)
     return len(lines)
 
 

@@ -173,7 +173,8 @@ class Processes:
 
     def leave(self, failed: bool) -> None:
         """End communication. The process that keeps the store stays until the others have left, but not for long."""
-        with contextlib.suppress(RuntimeError):
+        # PyTorch before 2.7 has no abort for a group
+        with contextlib.suppress(RuntimeError, AttributeError):
             if failed:
                 # what is still under way would never end
                 dist.group.WORLD.abort()

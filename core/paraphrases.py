@@ -2,7 +2,7 @@
 
 The pipeline of Kumari et al. 2023, section 3.3: paraphrase the caption (`paraphrase` offline, `ask` by a language
 model), draw each paraphrase, `rank` them by how often they give the image, `choose` the ones that give it least as
-anchors and those that give it most as further targets, and drop anchor images that are copies (`keep_unlike`).
+anchors and those that give it most as further targets, and drop anchor images that are copies (screening.py).
 """
 
 from __future__ import annotations
@@ -307,11 +307,14 @@ def _check(caption: str, count: int) -> str:
 
 
 def _usable(texts: Iterable[str], caption: str) -> Iterator[str]:
-    """Those of `texts` that `Concept` accepts as captions, without repeats and without `caption` itself."""
+    """Those of `texts` that `Concept` accepts as captions and a prompt file can hold (a `#` begins a comment there),
+    without repeats and without `caption` itself.
+    """
     seen = {_bare(caption), ""}
     for text in map(collapse, texts):
         printable = all(unicodedata.category(character) != "Cc" for character in text)
-        if printable and len(text) <= MAX_CAPTION_LENGTH and _bare(text) not in seen:
+        usable = printable and len(text) <= MAX_CAPTION_LENGTH and not text.startswith("#")
+        if usable and _bare(text) not in seen:
             seen.add(_bare(text))
             yield text
 

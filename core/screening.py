@@ -58,12 +58,12 @@ class Screen:
         return torch.from_numpy(~copies(self.detector.embed(images) @ known.t(), self.threshold))
 
 
-def require_enough(kept: Sequence[bool], preserving: Sequence[bool]) -> None:
-    """Raise AblationError if too few of the rows that ablate are left."""
+def require_enough(kept: Sequence[bool], preserving: Sequence[bool], anchor: str) -> None:
+    """Raise AblationError if too few of a concept's rows that ablate are left; `anchor` is what it calls its anchor."""
     ablating = [passed for passed, preserved in zip(kept, preserving, strict=True) if not preserved]
     left = sum(ablating)
     if left < max(1, LEAST_KEPT * len(ablating)):
         raise AblationError(
-            f"Only {left} of {len(ablating)} images from the anchor prompts are no copies of the memorized image: give "
-            "other anchor prompts, in words that are farther from its caption."
+            f"Only {left} of {len(ablating)} images from the anchor prompts of '{anchor}' are no copies of a memorized "
+            "image: give other anchor prompts, in words that are farther from its caption."
         )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .concept import Concept
-from .errors import AblationError
+from .errors import AblationError, OtherDataset
 from .files import replacing, write_json
 from .parallel import current
 
@@ -35,7 +35,8 @@ def claim(directory: Path | None, manifest: Mapping[str, Any]) -> None:
     of the job mean the same.
 
     Raises:
-        AblationError: the folder belongs to another dataset, or cannot be written, or the processes differ.
+        OtherDataset: the folder belongs to another dataset.
+        AblationError: it cannot be written, or the processes differ.
     """
     current().require_same(json.dumps(as_stored(manifest)), "model, concepts or settings")
     if directory is None or not current().first:
@@ -44,7 +45,7 @@ def claim(directory: Path | None, manifest: Mapping[str, Any]) -> None:
     if found is None:
         write_json(directory / _MANIFEST, as_stored(manifest))
     elif found != as_stored(manifest):
-        raise AblationError(
+        raise OtherDataset(
             f"{directory} holds a dataset of other concepts, settings or another model: choose another folder, "
             "or delete it."
         )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import AblationError
+from .ablation import DATASET_FOLDER
+from .errors import AblationError, OtherDataset
 from .files import write_json
 from .tasks import Task
 
@@ -180,7 +182,12 @@ def _timed(run: Run, task: Task, folder: Path) -> float:
         raise AblationError(f"{folder} is a file: move it away, or choose another output folder.")
     # whatever comes of it, what an earlier run has left here is no longer finished
     (folder / TASK_FILE).unlink(missing_ok=True)
-    run(task, folder)
+    try:
+        run(task, folder)
+    except OtherDataset:
+        # what an earlier request was trained on
+        shutil.rmtree(folder / DATASET_FOLDER)
+        run(task, folder)
     return time.perf_counter() - start
 
 

@@ -41,7 +41,7 @@ RUNS = {
     "model-self": replace(TRAIN, objective="model-self", regularization=0.5, flip=True),
     "noise": replace(TRAIN, objective="noise", preserve_weight=3.0),
     "reverse-kl": replace(TRAIN, objective="reverse-kl"),
-    "loss-max": replace(TRAIN, objective="loss-max", batch=3, preserve_batch=2),
+    "loss-max": replace(TRAIN, objective="loss-max", batch=3, preserve_batch=2, distance_weight=3e-3),
     "some gradients clipped": replace(TRAIN, clip_norm=3e-4),
     "harvested": TRAIN,
     "harvested, unequal shares": replace(TRAIN, batch=1, preserve_batch=2),

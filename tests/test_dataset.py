@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from concept_ablation.core import dataset
+from concept_ablation.core import dataset, harvest
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.dataset import DatasetSettings, make_plan
-from concept_ablation.core.errors import AblationError, Interrupted
+from concept_ablation.core.errors import AblationError, Interrupted, OtherDataset
 from concept_ablation.core.samplers import SampleSettings, sample_latents
 
 CAT = Concept("grumpy cat", "cat")
@@ -158,9 +158,26 @@ def test_a_folder_with_another_dataset_is_refused_and_left_alone(tiny, make_mode
     assert torch.equal(load_file(tmp_path / "shard-00000.safetensors")["latents"], before)
 
 
+def test_a_folder_of_another_setup_is_refused(tiny, make_model, tmp_path):
+    """The weights are the same, and what is drawn with them is not."""
+    dataset.build(tiny, [CAT], SETTINGS, directory=tmp_path)
+    sampled, sized = make_model(), make_model()
+    sampled.sigmas = sampled.sigmas / 2
+    sized.latent_shape = (4, 16, 16)
+    for other in (sampled, sized):
+        assert other.fingerprint() == tiny.fingerprint()
+        with pytest.raises(OtherDataset, match="another folder"):
+            dataset.build(other, [CAT], SETTINGS, directory=tmp_path)
+
+
 def test_missing_and_damaged_datasets_say_so(tiny, tmp_path):
     with pytest.raises(AblationError, match="no dataset"):
         dataset.load(tmp_path / "nowhere")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "app"}', encoding="utf-8")
+    for load in (dataset.load, harvest.load):
+        with pytest.raises(AblationError, match="holds no"):
+            load(tmp_path / "app")
     dataset.build(tiny, [CAT], SETTINGS, directory=tmp_path)
     save_file({"something": torch.zeros(1)}, tmp_path / "shard-00001.safetensors")
     with pytest.raises(AblationError, match="damaged"):

@@ -107,10 +107,13 @@ def test_files_that_are_refused(tmp_path):
     save_file({"a.diff": torch.ones(9, 9)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-40])
     refused(tmp_path / "cut.safetensors", "damaged")
+    factors = {"a.lora_up.weight": torch.ones(4, 2), "a.lora_down.weight": torch.ones(2, 5)}
     for name, tensors, message in (
         ("loha", {"a.hada_w1_a": torch.ones(1)}, "hada_w1_a"),
         ("half", {"a.lora_up.weight": torch.ones(2, 2)}, "incomplete"),
         ("alpha", {"a.alpha": torch.ones(())}, "incomplete"),
+        ("alphas", {**factors, "a.alpha": torch.ones(2)}, "incomplete"),
+        ("nan", {"a.diff": torch.full((2, 2), float("nan"))}, "NaN"),
         ("rank", {"a.lora_up.weight": torch.ones(4, 2), "a.lora_down.weight": torch.ones(3, 5)}, "incomplete"),
         ("none", {"a.lora_up.weight": torch.ones(4, 0), "a.lora_down.weight": torch.ones(0, 5)}, "incomplete"),
         ("checkpoint", {"model.diffusion_model.out.2.weight": torch.ones(1)}, "does not read"),

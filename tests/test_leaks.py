@@ -26,6 +26,7 @@ from concept_ablation.core.leak_candidates import (
     plain_prompts,
     words_from_categories,
 )
+from concept_ablation.core.leak_sheets import write_feed_back, write_leaks
 from concept_ablation.core.leaks import (
     ScanSettings,
     by_copies,
@@ -294,6 +295,13 @@ def test_the_report_is_written_whole(tmp_path):
     with Image.open(tmp_path / "scan" / "leaks.png") as sheet:
         assert sheet.size == contact_sheet(report).size
     assert sorted(file.name for file in path.parent.iterdir()) == ["leaks.json", "leaks.png"]
+
+
+def test_a_scan_leaves_nothing_of_an_earlier_one(tmp_path):
+    found, none = scanned(blocking("rooster")), replace(scanned(blocking("rooster")), findings=())
+    assert len(write_leaks(tmp_path, found)) > 0 and write_feed_back(tmp_path / "more.txt", found) > 0
+    assert write_leaks(tmp_path, none) == [] and write_feed_back(tmp_path / "more.txt", none) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["leaks.json"]
 
 
 def test_settings_are_checked():

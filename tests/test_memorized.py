@@ -122,6 +122,9 @@ def test_rows_that_stay_copies_are_left_out_and_too_few_are_refused(tmp_path):
     red = replace(CONCEPT, anchor_prompts=("cockerel parade",))
     with pytest.raises(AblationError, match="Only 0 of 6 images"):
         dataset.build(Painter(), [red], SETTINGS, screen=screen)
+    # nor does a concept of which nothing is copied make up for one of which everything is
+    with pytest.raises(AblationError, match="'a red one' are no copies"):
+        dataset.build(Painter(), [CONCEPT, replace(red, target="parade", anchor="a red one")], SETTINGS, screen=screen)
     # images of the target are copies by design
     assert len(dataset.build(Painter(), [red], replace(SETTINGS, source="target"), screen=screen).latents) == 8
 

@@ -35,6 +35,11 @@ def test_paraphrases_are_other_captions(caption: str) -> None:
     Concept(caption, found[0], "memorized", anchor_prompts=found)
 
 
+def test_no_paraphrase_would_be_a_comment_in_a_prompt_file() -> None:
+    found = paraphrase("#1 dad mug on a table", 30)
+    assert found and not any(text.startswith("#") for text in found)
+
+
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [

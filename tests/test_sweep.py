@@ -7,15 +7,18 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from concept_ablation import cli, sweep_cli
-from concept_ablation.core import sweep
+from concept_ablation.core import dataset, sweep
 from concept_ablation.core.concept import Concept
+from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import write_json
+from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.sweep import Outcome, Resources, is_finished, run_in_order, run_on_ray
 from concept_ablation.core.tasks import Task
 
@@ -80,6 +83,24 @@ def test_what_is_finished_is_skipped_until_something_else_is_asked_for(tmp_path)
     other = requests_of(tasks, steps=2)
     assert [outcome.state for outcome in run_in_order(tasks, tmp_path, run, other)] == ["done", "done"]
     assert is_finished(tmp_path / "one", other["one"]) and not is_finished(tmp_path / "one", requests_of(tasks)["one"])
+
+
+def test_a_dataset_of_an_earlier_request_is_made_again(tiny, tmp_path):
+    (task,) = listed("one")
+    sizes = DatasetSettings(images=2, preserve=0, prompts=2, sample=SampleSettings(steps=1), batch=2)
+
+    def run(images):
+        def made(task, folder):
+            dataset.build(tiny, [task.concept], replace(sizes, images=images), directory=folder / "dataset")
+            report(folder)
+
+        return made
+
+    for images in (2, 1, 1):
+        outcome = next(run_in_order([task], tmp_path, run(images), requests_of([task], steps=images)))
+        assert outcome.reason == ""
+    assert outcome.state == "skipped"
+    assert len(dataset.load(tmp_path / "one" / "dataset").latents) == 1
 
 
 def test_a_task_that_failed_the_second_time_is_not_taken_for_finished(tmp_path):

@@ -12,6 +12,7 @@ from concept_ablation.core.batches import shuffled
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError, Diverged, Interrupted
+from concept_ablation.core.presets import recipe
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.subsets import SUBSETS
 from concept_ablation.core.trainer import OBJECTIVES, TARGET_IMAGES, TrainSettings, train
@@ -63,10 +64,22 @@ def test_the_baseline_raises_the_loss_of_the_target(emoji):
     """On a trained model, because a random one's loss is past the clamp of Eq. 7 from the start."""
     images = replace(IMAGES, images=4, preserve=0, source="target")
     data = dataset.build(emoji, [Concept("rooster", "bird")], images)
-    settings = TrainSettings(objective="loss-max", steps=8, batch=4, learning_rate=1e-3, cosine=False)
-    losses = train(emoji, data, settings).losses
-    assert 0.5 < losses[0] < 1
-    assert train(emoji, data, replace(settings, steps=1)).delta.norm() > 1e-3
+    weight = recipe("balanced", emoji, objective="loss-max").training.distance_weight
+    settings = TrainSettings(
+        objective="loss-max", steps=30, batch=4, learning_rate=2e-3, cosine=False, distance_weight=weight
+    )
+    found = train(emoji, data, settings)
+    assert 0.5 < found.losses[0] < 1
+    assert sum(found.losses[-5:]) < 0.9 * sum(found.losses[:5]), "L rose by more than the edit's norm costs"
+    # a weight above the gradient of L draws every step back
+    heavy = train(emoji, data, replace(settings, distance_weight=10.0))
+    assert heavy.delta.norm() < 0.1 * found.delta.norm()
+
+
+@pytest.mark.parametrize("change", [{"distance_weight": -1.0}, {"distance_weight": 1.0, "objective": "noise"}])
+def test_a_distance_that_cannot_be_weighed_is_refused(change):
+    with pytest.raises(AblationError, match="weight of the distance"):
+        TrainSettings(**change)
 
 
 def test_training_lowers_the_objective(tiny, data):

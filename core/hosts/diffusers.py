@@ -155,6 +155,10 @@ class DiffusersDenoiser(Denoiser):
             return x - scale * output
         return x / (scale**2 + 1) - output * scale / (scale**2 + 1).sqrt()
 
+    def setup(self) -> dict[str, Any]:
+        compute = str(self._autocast or self.network.dtype).removeprefix("torch.")
+        return {**super().setup(), "prediction": self._prediction, "compute": compute}
+
     @contextlib.contextmanager
     def checkpointed(self) -> Iterator[None]:
         self.network.enable_gradient_checkpointing()
