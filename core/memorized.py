@@ -113,7 +113,7 @@ def find_anchors(
     settings = settings or SearchSettings()
     others = [text for text in distinct(paraphrases) if normalise(text) != normalise(caption)]
     if not others:
-        raise AblationError(f"There is no paraphrase of {caption!r} to try: write some, one on each line of a file.")
+        raise AblationError(f"There is no paraphrase of {caption!r} to try: write some.")
     total = (len(others) + 1) * settings.images_each * settings.sample.steps
     reporter = Reporter(on_progress, "Drawing paraphrases", total)
 

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from ..core.ablation import Ablation, Data, train_on
 from ..core.errors import AblationError
 from ..core.harvest import Harvest
-from ..core.hosts.comfyui import opened, patched
+from ..core.hosts.comfyui import opened, patched, require_trainable
 from ..core.presets import recipe
 from ..core.progress import Reporter
 from ..core.report import loss_plot
@@ -131,10 +131,11 @@ class ConceptAblationAblate(io.ComfyNode):
         vae: VAE | None = None,
     ) -> io.NodeOutput:
         workflow = ((cls.hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
-        progress = NodeProgress(cls.hidden.unique_id, model, workflow=workflow)
+        progress = NodeProgress(cls.hidden.unique_id, model, chart=True, workflow=workflow)
         width, height = size_of(dataset)
         overrides: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch": batch}
         advice = "lower the batch, switch gradient_checkpointing on, or choose a smaller subset"
+        require_trainable(model)
         with memory_advice(advice), opened(model, clip, vae, width=width, height=height) as denoiser:
             check_drawn_by(dataset, denoiser)
             chosen = recipe(

@@ -121,9 +121,6 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                     "on and a finished one is not drawn again. Delete the folder to free the space.",
                 ),
                 auto_preserve_input(),
-                negative_guidance_input(
-                    "With the preset fast only, whose dataset has it: with the others set it in Ablate Concept."
-                ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -131,6 +128,9 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 ),
                 instruments.original_input("no copy of which is to be trained on"),
                 instruments.detector_input(),
+                negative_guidance_input(
+                    "With the preset fast only, whose dataset has it: with the others set it in Ablate Concept."
+                ),
             ],
             outputs=[
                 Dataset.Output(display_name="dataset", tooltip="What Ablate Concept trains on."),
@@ -158,10 +158,10 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         seed: int,
         keep_on_disk: bool,
         auto_preserve: int = -1,
-        negative_guidance: float = -1.0,
         vae: VAE | None = None,
         original: Tensor | None = None,
         copy_detector: str = "",
+        negative_guidance: float = -1.0,
     ) -> io.NodeOutput:
         check_tasks(concepts)
         if original is not None and vae is None:

@@ -82,14 +82,18 @@ class ConceptAblationLoadDelta(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        """Whether the file is there; ComfyUI then leaves out its own check of the list, which names no remedy."""
-        if folder_paths.get_full_path("loras", file) is None:
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        """Whether the file is there; ComfyUI then leaves out its own check of the list, which names no remedy. None is
+        a name that another node will give.
+        """
+        if file is not None and folder_paths.get_full_path("loras", file) is None:
             return f"There is no {file} in the loras folder: choose another file, or save one under this name first."
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **kwargs: Any) -> list[int]:
+    def fingerprint_inputs(cls, file: str | None, **kwargs: Any) -> list[int]:
+        if file is None:
+            return []
         stat = _lora_path(file).stat()
         return [stat.st_mtime_ns, stat.st_size]
 

@@ -216,12 +216,13 @@ def judge_source(judge: str) -> str | Path | None:
     name = judge.strip()
     if name in ("", _EMBEDDED):
         return None
-    if leads_elsewhere(name):
+    folder = Path(folder_paths.models_dir) / name
+    # a name that is a folder where ComfyUI was started would be opened there
+    if leads_elsewhere(name) or (Path(name).is_dir() and not folder.is_dir()):
         raise AblationError(
             f"The judge '{name}' is outside ComfyUI's models folder: give 'embedded', an open_clip name, or a folder "
             "below models."
         )
-    folder = Path(folder_paths.models_dir) / name
     return folder if folder.is_dir() else name
 
 

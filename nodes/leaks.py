@@ -133,8 +133,11 @@ class ConceptAblationScanForLeaks(io.ComfyNode):
         copy_detector: str = "",
     ) -> io.NodeOutput:
         concept = concepts[0].concept
-        if concept.kind == "memorized" and original is None:
-            raise AblationError("A memorized image is recognised by the image itself: connect it to original.")
+        if (concept.kind == "memorized") != (original is not None):
+            raise AblationError(
+                "A memorized image is recognised by the image itself, and nothing else is: connect the original if the "
+                "first concept is memorized, and leave it out otherwise."
+            )
         sample = SampleSettings(steps, cfg, sampler)
         settings = ScanSettings(each, seeds, suspects, more_seeds, sample=sample, batch=images_at_once, first_seed=seed)
         words = Words(categories=names(categories), synonyms=names(synonyms), neighbours=names(neighbours))
@@ -148,7 +151,7 @@ class ConceptAblationScanForLeaks(io.ComfyNode):
                 typical = typical_pictures(denoiser, concept, settings, progress)
                 recognise = by_judge(referee, concept, words.neighbours, typical)
             else:
-                found = instruments.load(concepts[:1], original, copy_detector, device=denoiser.device)
+                found = instruments.load(concepts, original, copy_detector, device=denoiser.device)
                 recognise = by_copies(found.detector, found.originals[concept.target][None])
             report = scan(denoiser, delta, concept, recognise, settings, words, progress)
         write_leaks(numbered(reports, safe_name(folder, "leaks")), report)

@@ -41,6 +41,7 @@ class NodeProgress:
         node_id: the node's unique id.
         model: whose latents will be drawn.
         phases: phases of equal length that share one bar; any other phase has the bar to itself.
+        chart: whether the node has the live chart, which events are for; others show pictures as a preview.
         workflow: id of the workflow that the node is part of, which its events name; None where nobody knows.
 
     Raises:
@@ -48,9 +49,16 @@ class NodeProgress:
     """
 
     def __init__(
-        self, node_id: str, model: ModelPatcher, phases: Sequence[str] = (), workflow: str | None = None
+        self,
+        node_id: str,
+        model: ModelPatcher,
+        phases: Sequence[str] = (),
+        *,
+        chart: bool = False,
+        workflow: str | None = None,
     ) -> None:
         self._node_id = node_id
+        self._chart = chart
         self._origin = {"workflow": workflow} if workflow else {}
         self._phases = tuple(phases)
         self._bar = ProgressBar(1, node_id)
@@ -68,7 +76,7 @@ class NodeProgress:
             index, count = self._phases.index(progress.phase), len(self._phases)
         done = index * progress.total + progress.step
         self._bar.update_absolute(done, count * progress.total, self._preview(progress, finished))
-        if self._due("event", _EVENT_SECONDS) or finished:
+        if self._chart and (self._due("event", _EVENT_SECONDS) or finished):
             send_event({**event(self._node_id, progress), **self._origin})
 
     def show(self, picture: Image.Image) -> None:
@@ -76,7 +84,11 @@ class NodeProgress:
         self._bar.update_absolute(self._bar.total, preview=("JPEG", picture, MAX_PREVIEW_RESOLUTION))
 
     def send_pictures(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Show the same images before and after the edit, uint8 [N, H, W, 3], as thumbnails."""
+        """Show the same images before and after the edit, uint8 [N, H, W, 3], as thumbnails: two rows."""
+        if not self._chart:
+            rows = [np.concatenate(list(images), axis=1) for images in (before, after)]
+            self.show(Image.fromarray(np.concatenate(rows)))
+            return
         pictures = {"before": [data_uri(image) for image in before], "after": [data_uri(image) for image in after]}
         loss = self._losses[-1] if self._losses else None
         done = Progress("Before and after", len(before), len(before), 0.0, loss)

@@ -96,7 +96,7 @@ def test_the_loss_curve_falls_as_the_losses_do(count):
 
 
 def test_events_are_few_and_the_last_is_always_sent(sent, clock, bar):
-    callback = progress.NodeProgress("12:3", model())
+    callback = progress.NodeProgress("12:3", model(), chart=True)
     for step in range(1, 101):
         clock.time += 0.01
         callback(Progress("Training", step, 100, step * 0.01, 1 / step))
@@ -117,15 +117,26 @@ def test_events_are_few_and_the_last_is_always_sent(sent, clock, bar):
 
 
 def test_events_are_json(sent, clock, bar):
-    progress.NodeProgress("1", model())(Progress("Training", 0, 10, 0.0, math.nan))
+    progress.NodeProgress("1", model(), chart=True)(Progress("Training", 0, 10, 0.0, math.nan))
     assert sent[0][1]["loss"] is sent[0][1]["seconds_left"] is None
     json.dumps(sent[0][1], allow_nan=False)
 
 
 def test_nobody_is_told_without_a_client(sent, clock, bar):
     PromptServer.instance.client_id = None
-    progress.NodeProgress("1", model())(Progress("Training", 1, 10, 0.0, 1.0))
+    progress.NodeProgress("1", model(), chart=True)(Progress("Training", 1, 10, 0.0, 1.0))
     assert not sent
+
+
+def test_a_node_without_the_chart_sends_no_event_and_shows_pictures_itself(sent, clock, bar):
+    """Events name a node by its number, which a node of another workflow that is open may have."""
+    callback = progress.NodeProgress("5", model())
+    callback(Progress("Drawing", 1, 1, 0.0))
+    before, after = np.zeros((4, 8, 8, 3), np.uint8), np.full((4, 8, 8, 3), 255, np.uint8)
+    callback.send_pictures(before, after)
+    assert not sent
+    _, picture, _ = bar[-1][2]
+    assert picture.size == (32, 16) and picture.getpixel((0, 0)) != picture.getpixel((0, 15))
 
 
 def test_a_name_in_a_shared_workflow_cannot_put_script_on_the_page(sent):

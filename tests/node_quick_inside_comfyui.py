@@ -21,7 +21,7 @@ def test_the_quick_presets(sent):  # noqa: F811
     edited, _, delta = run(ConceptAblationInstant, concepts=concepts, auto_preserve=2, vae=vae, **shared).args
     assert edited is not emoji and delta.metadata["concept_ablation.objective"] == "closed-form"
     assert not any(tensor.is_inference() for layer in delta.layers.values() for tensor in layer.tensors())
-    assert len(sent[-1][1]["pictures"]["after"]) == 4
+    assert not sent, "it has no chart that an event would be for"
 
     small = {"preset": "fast", "concepts": concepts, "images": 2, "preserve": 2, "steps": 2, "width": 64, "height": 64}
     build = dataset.ConceptAblationBuildDataset

@@ -198,6 +198,8 @@ def test_a_changed_file_is_loaded_again(folders):
     assert fingerprint("a.safetensors", strength_model=0.5) == before
     delta_file.save(replace(small_delta(), metadata={}), path)
     assert fingerprint("a.safetensors") != before
+    # a name that another node will give is not there yet
+    assert fingerprint(None) == [] and deltas.ConceptAblationLoadDelta.validate_inputs(None) is True
 
 
 def test_load_refuses_what_is_no_delta(folders):

@@ -207,10 +207,15 @@ def _engine() -> ForgeDiffusionEngine:
         raise AblationError("There is no checkpoint: choose one at the top of the page.")
     try:
         engine, _ = sd_models.forge_model_reload()
+        if engine is None:
+            # after one that it could not load, Forge takes the checkpoint before it for loaded still
+            sd_models.model_data.forge_hash = ""
+            engine, _ = sd_models.forge_model_reload()
     except ValueError as error:
         raise AblationError(f"Forge cannot load the chosen checkpoint ({error}): choose another one.") from error
-    if engine is None:
-        raise AblationError("Forge does not know this kind of checkpoint: choose another one.")
+    except AttributeError as error:
+        # its loader gives None, which is then used
+        raise AblationError("Forge does not know this kind of checkpoint: choose another one.") from error
     return engine
 
 

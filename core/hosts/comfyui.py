@@ -20,10 +20,12 @@ from torch import Tensor
 from ..delta import Delta
 from ..delta_file import to_tensors
 from ..denoiser import Conditioning
+from ..errors import AblationError
 from ..precision import gradient_scale
 from ..prompts import BUILT_IN, PromptSource
 from ..vocabulary import COMMON, Vocabulary
 from .comfy_names import architecture_of, text_layers, unet_layers
+from .described import described
 from .ldm_patcher import (
     BATCH,
     PIXELS_PER_LATENT,
@@ -68,7 +70,13 @@ class ComfyDenoiser(PatcherDenoiser):
     """
 
     def __init__(
-        self, model: ModelPatcher, clip: CLIP, vae: VAE | None, latent_size: tuple[int, int], precision: str
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE | None,
+        latent_size: tuple[int, int],
+        precision: str,
+        memory: float,
     ) -> None:
         super().__init__()
         inner = model.model
@@ -77,7 +85,7 @@ class ComfyDenoiser(PatcherDenoiser):
         self.name = hints.name if hints else type(inner.model_config).__name__
         self.network = inner.diffusion_model
         self.text_network = clip.cond_stage_model
-        self.vae = PatcherCodec(vae, inner.latent_format, functools.partial(_load, model, clip))
+        self.vae = PatcherCodec(vae, inner.latent_format, functools.partial(_load, model, clip, memory))
         self.layers = {**unet_layers(inner), **text_layers(clip.cond_stage_model)}
         self.sigmas = inner.model_sampling.sigmas.detach().float().cpu().clone()
         self.latent_shape = (inner.latent_format.latent_channels, *latent_size)
@@ -89,6 +97,7 @@ class ComfyDenoiser(PatcherDenoiser):
         compute = inner.manual_cast_dtype or inner.get_dtype()
         self.gradient_scale = gradient_scale(compute)
         self._inner = inner
+        self._patchers = {"network": (model, "diffusion_model."), "text": (clip.patcher, "")}
         self._clip = clip
         self._options = _transformer_options(model)
         self._autocast = autocast_dtype(self.device, compute, precision)
@@ -108,9 +117,20 @@ class ComfyDenoiser(PatcherDenoiser):
         return list(own.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _beside(self) -> object:
-        """What nodes can change beside the weights: noise levels, prediction, Clip Skip."""
+        """What nodes can change beside the weights: LoRAs, patches of attention and blocks (FreeU), noise levels,
+        prediction, Clip Skip.
+        """
         kinds = [kind.__name__ for kind in type(self._inner.model_sampling).__mro__]
-        return kinds, self.sigmas.tolist(), self._clip.layer_idx
+        patches = [patcher.patches for patcher, _ in self._patchers.values()]
+        return kinds, self.sigmas.tolist(), self._clip.layer_idx, described([*patches, self._options])
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        # as they were before LoRAs, of which ComfyUI puts some into the weights and keeps others beside them, by memory
+        for name, tensor in super()._weights():
+            part, _, key = name.partition(".")
+            patcher, prefix = self._patchers[part]
+            kept = patcher.backup.get(prefix + key)
+            yield name, tensor if kept is None else kept.weight
 
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning.cat(self._encode_one(prompt) for prompt in prompts)
@@ -166,7 +186,7 @@ def opened(
         with torch.inference_mode(False), torch.no_grad():
             _load(model, clip, memory)
             with kept_for_backward(clip.cond_stage_model):
-                yield ComfyDenoiser(model, clip, vae, latent_size, precision)
+                yield ComfyDenoiser(model, clip, vae, latent_size, precision, memory)
     finally:
         from comfy import model_management
 
@@ -174,9 +194,25 @@ def opened(
         model_management.soft_empty_cache()
 
 
+def require_trainable(model: ModelPatcher) -> None:
+    """Raise AblationError if the model multiplies in fp8: such products have no gradients, and what trains computes
+    something else than what is sampled with.
+    """
+    from comfy import ops
+
+    for module in model.model.diffusion_model.modules():
+        linear = isinstance(module, ops.CastWeightBiasOp) and type(module).__name__ == "Linear"
+        fast = isinstance(module, ops.fp8_ops.Linear) or getattr(module, "scale_input", None) is not None
+        if linear and (fast or not isinstance(module, torch.nn.Linear)):
+            raise AblationError(
+                "The model is loaded with fp8 matrix multiplication, which cannot be trained through: load it with "
+                "weight_dtype default or fp8_e4m3fn, and ComfyUI without --fast."
+            )
+
+
 def patched(
-    model: ModelPatcher, clip: CLIP | None, delta: Delta, strength_model: float = 1.0, strength_clip: float = 1.0
-) -> tuple[ModelPatcher, CLIP | None]:
+    model: ModelPatcher, clip: CLIP, delta: Delta, strength_model: float = 1.0, strength_clip: float = 1.0
+) -> tuple[ModelPatcher, CLIP]:
     """Clones of `model` and `clip` with the delta as weight patches, as stock Load LoRA makes them.
 
     Raises:
@@ -186,10 +222,8 @@ def patched(
     import comfy.sd
 
     keys: dict[str, str] = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = dict(model.model.state_dict())
-    if clip is not None:
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-        weights |= clip.cond_stage_model.state_dict()
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    weights = {**model.model.state_dict(), **clip.cond_stage_model.state_dict()}
     check_fits(delta, keys, weights, "connect the CLIP of its model")
     return comfy.sd.load_lora_for_models(model, clip, to_tensors(delta), strength_model, strength_clip)
 

@@ -56,7 +56,12 @@ class ForgeDenoiser(PatcherDenoiser):
     """
 
     def __init__(
-        self, engine: ForgeDiffusionEngine, objects: ForgeObjects, latent_size: tuple[int, int], precision: str
+        self,
+        engine: ForgeDiffusionEngine,
+        objects: ForgeObjects,
+        latent_size: tuple[int, int],
+        precision: str,
+        memory: float,
     ) -> None:
         super().__init__()
         unet, encoder = objects.unet, objects.clip.cond_stage_model
@@ -65,7 +70,7 @@ class ForgeDenoiser(PatcherDenoiser):
         self.name = model_name(engine)
         self.network = inner.diffusion_model
         self.text_network = encoder
-        self._reload = functools.partial(_load, objects)
+        self._reload = functools.partial(_load, objects, memory)
         self.vae = PatcherCodec(objects.vae, objects.vae.first_stage_model, self._reload)
         self.layers = {**unet_layers(self.network, _to_ldm(self.network)), **text_layers(encoder)}
         self.sigmas = inner.predictor.sigmas.detach().float().cpu().clone()
@@ -171,7 +176,7 @@ def opened(
             stack.enter_context(_known_linears((inner.diffusion_model, encoder)))
             stack.enter_context(kept_for_backward(inner.diffusion_model))
             stack.enter_context(_online_patches_kept())
-            yield ForgeDenoiser(engine, objects, latent_size, precision)
+            yield ForgeDenoiser(engine, objects, latent_size, precision, memory)
     finally:
         engine.forge_objects = before
         gc.collect()
@@ -209,7 +214,9 @@ def patched(
         patches, _ = load_lora(tensors, keys)
         if patches:
             fitted = {key: _fitted(patch, weights[key]) for key, patch in patches.items()}
-            patcher.add_patches(filename=name, patches=fitted, strength_patch=strength)
+            # added to weights of 8 bits, nearly all of so small a change would be rounded away
+            online = any(weights[key].element_size() == 1 for key in fitted)
+            patcher.add_patches(filename=name, patches=fitted, strength_patch=strength, online_mode=online)
     return edited_unet, edited_clip
 
 

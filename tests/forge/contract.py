@@ -27,7 +27,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "backend/memory_management.py:soft_empty_cache": (),
     "backend/attention.py:attention_pytorch": ("q", "k", "v", "heads"),
     "backend/patcher/base.py:ModelPatcher.clone": (),
-    "backend/patcher/base.py:ModelPatcher.add_patches": ("filename", "patches", "strength_patch"),
+    "backend/patcher/base.py:ModelPatcher.add_patches": ("filename", "patches", "strength_patch", "online_mode"),
     "backend/patcher/clip.py:CLIP.clone": (),
     "backend/patcher/lora.py:load_lora": ("lora", "to_load"),
     "backend/patcher/lora.py:model_lora_keys_clip": ("model", "key_map"),

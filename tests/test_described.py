@@ -1,0 +1,61 @@
+"""Settings of a host's user as text: the same for the same settings, another for others, and never an address."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from concept_ablation.core.hosts.described import described
+
+
+def patch(factor, table=(1, 2)):
+    def scaled(out, options):
+        return out * factor, table
+
+    return scaled
+
+
+class Scaling:
+    def __init__(self, factor):
+        self.factor = factor
+        self.other = object()
+
+    def __call__(self, out):
+        return out * self.factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: value,
+        lambda value: {"patches": {"attn1": [patch(value)]}},
+        lambda value: [patch(1.0, (value, 2))],
+        lambda value: (torch.full((2, 2), value), "lora"),
+        Scaling,
+        lambda value: Scaling(value).__call__,
+        lambda value: {("input", 1, 0): {value}},
+    ],
+)
+def test_what_differs_is_told_apart(make):
+    one, same, other = (described(make(value)) for value in (0.5, 0.5, 0.25))
+    assert one == same != other
+    assert not re.search("at 0x[0-9a-f]+", one), "an address would differ in the next process"
+
+
+def test_containers_without_an_order_are_told_in_one():
+    assert described({"a": 1, "b": {1, 2}}) == described({"b": {2, 1}, "a": 1})
+
+
+def test_what_holds_itself_ends():
+    loop = {}
+    loop["again"] = loop
+    assert described(loop) == described(loop)
+
+
+def test_models_are_named_only():
+    manager = SimpleNamespace(load_device="cpu", backup={"weight": torch.ones(1)})
+    assert "backup" not in described(manager)
+    assert described(torch.nn.Linear(1, 1)) == described(torch.nn.Linear(2, 2))
