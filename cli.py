@@ -121,6 +121,11 @@ def ablate(
 
     originals = read_originals(target, kind, original)
     search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
+    if search and (prompts or target_prompts):
+        raise AblationError(
+            "--prompts and --target-prompts stand in the place of the search for captions: name what is drawn instead, "
+            "too, with --anchor."
+        )
     tasks = () if search else make_tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(
         prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition

@@ -15,7 +15,6 @@ from .cli_options import (
     EvalPrompts,
     EvalSeeds,
     JudgeOption,
-    KindOption,
     Model,
     Precision,
     Prediction,
@@ -50,7 +49,9 @@ def compress(
     anchor: Annotated[
         list[str] | None, typer.Option(help="What is drawn instead.", show_default="what its file says")
     ] = None,
-    kind: KindOption = "instance",
+    kind: Annotated[
+        str | None, typer.Option(help="Of --target: instance, style or memorized.", show_default="instance")
+    ] = None,
     surrounding: Surrounding = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
@@ -113,10 +114,16 @@ def _of_rank(factors: Delta, rank: int) -> Delta:
     return replace(low, metadata={**low.metadata, "concept_ablation.rank": str(rank)})
 
 
-def _concepts(delta: Delta, targets: list[str] | None, anchors: list[str] | None, kind: str) -> tuple[Concept, ...]:
+def _concepts(
+    delta: Delta, targets: list[str] | None, anchors: list[str] | None, kind: str | None
+) -> tuple[Concept, ...]:
     """What the delta ablates: what the options say, otherwise what its file says."""
     from .core.delta_header import named_concepts
 
     if targets is None and anchors is None:
+        if kind is not None:
+            raise AblationError("--kind says what --target is: give --target and --anchor, too, or leave it out.")
         return named_concepts(delta.metadata)
-    return tuple(task.concept for task in make_tasks(targets or [], anchors or [], kind, None, None, None))
+    return tuple(
+        task.concept for task in make_tasks(targets or [], anchors or [], kind or "instance", None, None, None)
+    )

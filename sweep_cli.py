@@ -21,6 +21,7 @@ from .cli_options import (
     EvalPrompts,
     EvalSeeds,
     JudgeOption,
+    NegativeGuidance,
     Objective,
     Precision,
     Prediction,
@@ -52,6 +53,7 @@ class Options:
     training: dict[str, Any]
     dataset: dict[str, Any]
     auto_preserve: int | None
+    negative_guidance: float | None
     eval_prompts: int
     eval_seeds: int
     seed: int
@@ -72,6 +74,7 @@ def sweep(
     objective: Objective = None,
     subset: Subset = None,
     auto_preserve: AutoPreserve = None,
+    negative_guidance: NegativeGuidance = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
@@ -126,6 +129,7 @@ def sweep(
         training={name: value for name, value in chosen.items() if value is not None},
         dataset={} if images is None else {"images": images},
         auto_preserve=auto_preserve,
+        negative_guidance=negative_guidance,
         eval_prompts=eval_prompts,
         eval_seeds=eval_seeds,
         seed=seed,
@@ -183,6 +187,7 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
         training=options.training,
         dataset=options.dataset,
         auto_preserve=options.auto_preserve,
+        negative_guidance=options.negative_guidance,
     )
     evaluation = EvaluationSettings(prompts=options.eval_prompts, seeds=options.eval_seeds)
     ablate_and_report(denoiser, (Ablation(task.concept, task.surrounding),), chosen, judge, evaluation, folder)

@@ -17,9 +17,9 @@ embedded model was found for presets that preserve.
 `subsets` chooses the learning rate of `balanced` for each subset that is not its default: the one with the best score.
 Memorized pictures get that of `full`: all eight are in what is reported, so none is left to choose by.
 
-`guidance` chooses the negative guidance of `balanced`, for instances and styles, by the rule of the first choice. A
-value costs as much as another, so the smallest that is good enough is taken: the more of it, the stronger the colours.
-`quick_guidance` does the same for `fast` and `instant`.
+`guidance` chooses the negative guidance of `balanced`, for instances and styles, and `quick_guidance` that of `fast` and
+`instant`, by the rule of the first choice: of values that cost the same the smallest that is good enough, as colours
+grow stronger with it.
 
 Writes results/preset_PRESET.json with every figure. Finished candidates are kept (job_store.py).
 
@@ -74,7 +74,6 @@ GROUPED = ("subsets", "guidance", "quick_guidance")
 RATES = {"full": (1, 0.3, 0.1, 0.03), "attn": (1, 0.3), "embedding": (1, 0.3, 0.1)}
 """By subset: factors on a hundred times the rate for Stable Diffusion."""
 GUIDANCE = (0.0, 0.5, 1.0, 2.0)
-"""Negative guidance, from none upwards: of candidates that cost the same the first is taken."""
 
 
 @dataclass(frozen=True)

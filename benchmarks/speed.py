@@ -11,6 +11,7 @@ step   One training step on a model of Stable Diffusion 1.5's size (speed_refere
 
     python benchmarks/speed.py                  both; writes results/speed.json and .png, tables of the READMEs
     python benchmarks/speed.py --only step      one of them; the other's figures stay if they are of the same code
+    python benchmarks/speed.py --tasks strawberry --repeats 1   to see how long it takes; writes below outputs/ only
     python benchmarks/speed.py --tiny           a minute, to see that it runs; writes below outputs/ only
 """
 
@@ -264,8 +265,8 @@ def _step(case: str, how: Steps, give_back: bool = False) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["tasks", "step"], help="one of the two parts")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="presets to compare")
-    parser.add_argument("--tasks", nargs="+", help="names of tasks; all if left out")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="presets to compare, to try something")
+    parser.add_argument("--tasks", nargs="+", help="names of tasks, likewise, without the second part")
     parser.add_argument("--repeats", type=int, default=3, help="of each preset and of each step; medians are reported")
     parser.add_argument(
         "--slow-repeats", type=int, default=1, help="of the presets balanced and paper, which take long"
@@ -276,7 +277,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only make the plot and the table from the results")
     options = parser.parse_args()
     folder = FOLDER / "tiny" if options.tiny else FOLDER
-    results = folder / "speed.json" if options.tiny else RESULTS
+    part = options.tiny or options.tasks or options.presets != list(PRESETS)
+    results = folder / "speed.json" if part else RESULTS
     if not options.report:
         store, machine = JobStore(folder / "speed"), environment()
         parts: dict[str, dict[str, Any]] = {}
@@ -288,7 +290,7 @@ def main() -> None:
             bench = Bench(load_denoiser, Judge.load(), sizes, store, {"environment": machine, "model": model})
             repeats = {name: options.slow_repeats if name in SLOW else options.repeats for name in options.presets}
             parts["tasks"] = measure_tasks(bench, [task for task in tasks if task.name in wanted], repeats)
-        if options.only != "tasks":
+        if options.only != "tasks" and not options.tasks:
             how = Steps("tiny" if options.tiny else "sd15", options.batch, options.steps, options.repeats)
             parts["step"] = measure_steps(store, {"environment": machine}, how)
         previous = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
@@ -297,7 +299,7 @@ def main() -> None:
     print(json.dumps(found["ratios"], indent=2))
     if found["tasks"]:
         speed_report.write_plot(found, results.with_suffix(".png"))
-        if options.tiny:
+        if part:
             print(speed_report.section(found))
         else:
             speed_report.publish(found, ROOT)

@@ -74,6 +74,9 @@ class Evaluation:
     settings: dict[str, object]
 
 
+MOST_MISSPELLED = 200
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """How much is drawn for each concept, and how."""
@@ -89,8 +92,10 @@ class EvaluationSettings:
     """Whether target and anchor are also asked for with words of colour, place, size and style."""
 
     def __post_init__(self) -> None:
-        if self.misspellings < 0:
-            raise AblationError(f"The number of misspelled prompts must be at least 0, not {self.misspellings}.")
+        if not 0 <= self.misspellings <= MOST_MISSPELLED:
+            raise AblationError(
+                f"The number of misspelled prompts must be 0 to {MOST_MISSPELLED}, not {self.misspellings}."
+            )
         if self.prompts < 1 or self.seeds < 1 or self.batch < 1:
             raise AblationError("An evaluation needs at least one prompt, one seed and a batch size of at least 1.")
 

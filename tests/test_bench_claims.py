@@ -230,6 +230,16 @@ def test_goals_are_met_or_missed_over_all_tasks():
     assert goal(table(0.5), "target-accuracy").verdict == "missed"
     assert goal(table(0.0, around=0.75), "surrounding-kept").verdict == "missed"
     assert goal(table(0.0, misspelled=0.5), "misspelled-target").verdict == "missed"
+    leaky = [
+        replace(one, observations=(*one.observations, seen("paraphrase", 0.25, measure="copies")))
+        if one.kind == "memorized"
+        else one
+        for one in table(0.0)
+    ]
+    assert goal(leaky, "copy-rate").verdict == "missed", "a paraphrase that copies is a copy"
+    anchors = seen("anchor", 0.5, measure="copies")
+    anchored = [replace(one, observations=(*one.observations, anchors)) for one in table(0.0)]
+    assert goal(anchored, "copy-rate").verdict == "met" and "anchors' own prompts" in goal(anchored, "copy-rate").reason
     found = goal(table(0.0, copies=0.25), "copy-rate")
     assert found.verdict == "missed" and set(found.numbers["by task"]) == {"memorized-0", "memorized-1"}
 

@@ -125,14 +125,14 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     monkeypatch.setattr(bench_cli, "_detector", lambda *_: detector)
     output = tmp_path / "out"
 
-    def call(*more: str) -> str:
+    def call(*more: str, code: int = 0) -> str:
         arguments = ["bench", "--tiny", "--compare", "1", "--output", output, "--task-list", listed]
         arguments += ["--pictures", pictures, *more]
         monkeypatch.setattr("sys.argv", ["concept-ablation", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         said = capsys.readouterr()
-        assert stopped.value.code == 0, said.err
+        assert stopped.value.code == code, said.err
         return said.out
 
     planned = call("--plan")
@@ -174,6 +174,12 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     again = call("--report")
     assert "Results" in again
     assert json.loads((output / "results.json").read_text("utf-8"))["claims"] == found["claims"]
+    # a job that could not be measured is told, and its experiment is not complete
+    (job,) = [path for path in (output / "jobs").glob("*.json") if '"scan"' in path.read_text("utf-8")][:1]
+    job.write_text(json.dumps({**json.loads(job.read_text("utf-8")), "result": {"failed": "No luck."}}), "utf-8")
+    assert "Failed: leaks" in call("--report", code=1)
+    counts = json.loads((output / "results.json").read_text("utf-8"))["jobs"]["limits"]
+    assert counts["failed"] == 1 and counts["done"] == counts["of"] - 1
 
 
 def test_rows_are_foreseen_exactly_and_drawn_once(bench):

@@ -108,6 +108,8 @@ def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypa
     (tmp_path / "own.txt").write_text("a cockerel parade\na bird parade\nan owl parade\n", "utf-8")
     memorized = ["--kind", "memorized", "--target", "the rooster parade", "--original", "red.png"]
     few = ["--images", 6, "--steps", 2, "--eval-prompts", 2, "--eval-seeds", 2, "--misspellings", 2]
+    code, _, err = run("ablate", *memorized, *few, "--prompts", "own.txt", "--output", "made")
+    assert code == 2 and "--anchor" in err, "they would not be used"
     code, out, err = run("ablate", *memorized, *few, "--paraphrases-file", "own.txt", "--output", "made")
     assert code == 0, err
     assert "100% of its pictures" in out and "Copies of the memorized image" in out
@@ -132,7 +134,7 @@ def test_a_memorized_image_is_ablated_from_its_caption_and_picture(run, monkeypa
     again = json.loads((tmp_path / "measured" / "report.json").read_text("utf-8"))
     assert again["concepts"] == told["concepts"]
     page = (tmp_path / "measured" / "report.html").read_text("utf-8")
-    assert "Copies of the memorised picture" in page and "With typing errors" in page
+    assert "copies among the pictures of" in page and "With typing errors" in page
 
 
 def test_a_composition_is_in_the_report(run, monkeypatch, painter, tmp_path):  # noqa: F811

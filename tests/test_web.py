@@ -111,6 +111,7 @@ def test_a_memorized_picture_is_read_and_its_anchor_may_be_left_to_the_search(tm
     request, errors = check(replace(form, misspellings="4", composition=True))
     assert errors == {} and request.find_anchors and request.original.shape == (3, 4, 3)
     assert (request.evaluation.misspellings, request.evaluation.composition) == (4, True)
+    assert set(check(replace(form, captions="a red one", misspellings="201"))[1]) == {"captions", "misspellings"}
     request, errors = check(replace(form, anchor="a blue caption"))
     assert errors == {} and not request.find_anchors and request.task.concept.anchor == "a blue caption"
     assert set(check(replace(form, original=None))[1]) == {"anchor"}
@@ -186,6 +187,7 @@ def test_the_hints_are_the_presets_own_values():
         ("熊猫", "熊猫"),
         ("a:1>,<lora:b", "a-1-lora-b"),
         ("x" * 300, "x" * 80),
+        ("熊" * 90, "熊" * 60),
         (HOSTILE, "img-src-x-onerror-window.hacked-1"),
     ],
 )

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core.ablation import Task, ablate, report_inputs, screen_of
+from ..core.ablation import DATASET_FOLDER, Task, ablate, report_inputs, screen_of
 from ..core.denoiser import Denoiser
 from ..core.errors import AblationError, Interrupted
-from ..core.evaluation import Evaluation, evaluate, make_jobs
+from ..core.evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs
 from ..core.files import require_writable
 from ..core.instruments import Instruments, load_instruments
 from ..core.memorized import SearchSettings, find_anchors, paraphrases_of
@@ -99,10 +99,7 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
             instruments = _instruments(request, denoiser)
             task = request.task
             concepts, surrounding = [task.concept], [task.surrounding]
-            try:
-                make_jobs(denoiser, concepts, surrounding, request.evaluation)
-            except AblationError as error:
-                raise FieldError("eval_prompts", str(error)) from error
+            _check_prompts(denoiser, task, request.evaluation)
             on_progress = _watch(host, job, denoiser)
             stack.callback(host.show, None)
             if request.find_anchors:
@@ -111,17 +108,28 @@ def ablation(host: Host, request: Request) -> Callable[[Job], AblationResult]:
             screen = screen_of(instruments)
             folder = _folder(host, request, task, made_by, denoiser, screen)
             made = ablate(
-                denoiser, [task], made_by, directory=folder / "dataset", screen=screen, on_progress=on_progress
+                denoiser, [task], made_by, directory=folder / DATASET_FOLDER, screen=screen, on_progress=on_progress
             )
             path = save_new(made.delta, host.delta_folder, request.name or name_for(task.concept))
             job.saved = path.name
             found = evaluate(
                 denoiser, made.delta, concepts, surrounding, judge, request.evaluation, on_progress, instruments
             )
-            write_report(folder, report_inputs(denoiser, [task], path, found, recipe=made_by, made=made))
-        return AblationResult(path, folder, _as_shown(found))
+            # each name has its report: another one for the same edit is another file
+            report = folder / path.stem
+            write_report(report, report_inputs(denoiser, [task], path, found, recipe=made_by, made=made))
+        return AblationResult(path, report, _as_shown(found))
 
     return work
+
+
+def _check_prompts(denoiser: Denoiser, task: Task, settings: EvaluationSettings) -> None:
+    """Raise FieldError, at its field, if the model has not so many prompts to measure with."""
+    for name, asked in (("eval_prompts", replace(settings, misspellings=0)), ("misspellings", settings)):
+        try:
+            make_jobs(denoiser, [task.concept], [task.surrounding], asked)
+        except AblationError as error:
+            raise FieldError(name, str(error)) from error
 
 
 def _as_shown(found: Evaluation) -> Evaluation:
@@ -231,7 +239,7 @@ def _folder(
     host: Host, request: Request, task: Task, made_by: Recipe, denoiser: Denoiser, screen: Screen | None
 ) -> Path:
     """One folder for each set of settings and model, so that a cancelled run goes on with the pictures it has."""
-    facts = [asdict(task), asdict(made_by), asdict(request.evaluation), denoiser.fingerprint()]
+    facts = [asdict(task), asdict(made_by), asdict(request.evaluation), denoiser.fingerprint(), denoiser.setup()]
     if screen is not None:
         facts.append(screen.described)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]

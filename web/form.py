@@ -143,6 +143,9 @@ def check(form: Form) -> tuple[Request | None, dict[str, str]]:
     )
     searched = original is not None and not collapse(form.anchor)
     if searched:
+        for name in ("prompts", "captions"):
+            if str(getattr(form, name)).strip():
+                checker.errors[name] = "Without an anchor these are searched for: leave them out, or name the anchor."
         form = checker.form = replace(form, anchor=TO_BE_FOUND)
     task = _task(checker)
     training = {

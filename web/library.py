@@ -22,6 +22,7 @@ from ..core.errors import AblationError
 OWN = "concept_ablation."
 """How the header fields of our files begin; files without any are not listed (a WebUI's folder is full of them)."""
 MAX_NAME = 80
+_MAX_BYTES = 180
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
 
@@ -49,7 +50,9 @@ def safe_name(text: str) -> str:
     What could leave the folder, hide the file or be a device of Windows is replaced.
     """
     text = unicodedata.normalize("NFKC", text)
-    name = re.sub(r"[^\w.-]+", "-", text.removesuffix(".safetensors")).strip("-._")[:MAX_NAME].strip("-._")
+    name = re.sub(r"[^\w.-]+", "-", text.removesuffix(".safetensors")).strip("-._")[:MAX_NAME]
+    # file systems count bytes, of which other alphabets need up to four a letter
+    name = name.encode()[:_MAX_BYTES].decode(errors="ignore").strip("-._")
     name = re.sub(r"\.{2,}", ".", name)
     if not name:
         return "delta"

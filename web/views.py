@@ -146,22 +146,26 @@ def pairs(evaluation: Evaluation) -> str:
 def metrics(evaluation: Evaluation) -> str:
     """CLIP accuracy and score of every concept, before and after."""
     rows = "".join(
-        f'<tr><th scope="row">{escape(result.name)}<small>{_ROLES[result.role]}</small></th>'
+        f'<tr><th scope="row">{escape(result.name)}<small>{_ROLES[result.role]}, {_pictures(result)}</small></th>'
         f"<td>{result.before.clip_accuracy:.0%}</td><td><strong>{result.after.clip_accuracy:.0%}</strong></td>"
         f'<td class="ca-wide">{result.before.clip_score:.3f}</td>'
         f'<td class="ca-wide">{result.after.clip_score:.3f}</td></tr>'
         for result in evaluation.concepts
     )
     rows += "".join(_copies(result) for result in evaluation.concepts)
-    pictures = evaluation.concepts[0].images_before.shape[0] * evaluation.concepts[0].images_before.shape[1]
     return (
         '<table class="ca-table"><thead><tr><th scope="col">Recognised by the judge</th><th scope="col">before</th>'
         '<th scope="col">after</th><th scope="col" class="ca-wide">score before</th>'
         f'<th scope="col" class="ca-wide">score after</th></tr></thead><tbody>{rows}</tbody></table>'
-        f'<p class="ca-small">Of {pictures} {"picture" if pictures == 1 else "pictures"} each, the share that '
-        f"{escape(evaluation.judge)} takes for its own concept: the target and its neighbours against the anchor, the "
-        "anchor against the target. The target should fall, the others should stay.</p>"
+        f'<p class="ca-small">The share of pictures that {escape(evaluation.judge)} takes for its own concept: the '
+        "target and its neighbours against the anchor, the anchor against the target. The target should fall, the "
+        "others should stay.</p>"
     )
+
+
+def _pictures(result: ConceptResult) -> str:
+    count = result.images_before.shape[0] * result.images_before.shape[1]
+    return f"{count} picture{'s' if count > 1 else ''}"
 
 
 def _copies(result: ConceptResult) -> str:
