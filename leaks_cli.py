@@ -106,7 +106,9 @@ def leaks(
     console.print(f"{len(report.leaks)} leaks, {len(sheets)} sheets of pictures: {(output / 'leaks.json').resolve()}")
     if feed_back is not None:
         count = write_feed_back(feed_back, report)
-        told = f"{count} prompts for --target-prompts in {feed_back}" if count else f"no leak, so no {feed_back}"
+        told = f"{count} prompts for --target-prompts in {feed_back}"
+        if not count:
+            told = f"no leak, so {feed_back} is what it was" if feed_back.is_file() else f"no leak, so no {feed_back}"
         console.print(f"Feed back: {told}")
 
 

@@ -138,6 +138,8 @@ def sweep(
     require_writable(output)
     # the machine may change between two runs of a sweep, what is asked for may not
     asked = {name: value for name, value in asdict(options).items() if name != "device"}
+    # what an older version wrote down, which did not know this, is the same request
+    asked = {name: value for name, value in asked.items() if name != "negative_guidance" or value is not None}
     requests = {task.name: {"task": asdict(task), "options": asked} for task in listed.tasks}
     run = partial(run_task, options)
     if _has_ray():

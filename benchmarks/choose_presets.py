@@ -17,9 +17,9 @@ embedded model was found for presets that preserve.
 `subsets` chooses the learning rate of `balanced` for each subset that is not its default: the one with the best score.
 Memorized pictures get that of `full`: all eight are in what is reported, so none is left to choose by.
 
-`guidance` chooses the negative guidance of `balanced`, for instances and styles, and `quick_guidance` that of `fast` and
-`instant`, by the rule of the first choice: of values that cost the same the smallest that is good enough, as colours
-grow stronger with it.
+`guidance` chooses the negative guidance of `balanced`, for instances and styles, and `quick_guidance` that of `fast`
+and `instant`, by the rule of the first choice: of values that cost the same the smallest that is good enough, as
+colours grow stronger with it.
 
 Writes results/preset_PRESET.json with every figure. Finished candidates are kept (job_store.py).
 

@@ -62,21 +62,26 @@ def publish(output: Path, root: Path = ROOT) -> None:
     """Copy the results of the benchmark in `output` into the repository at `root`."""
     folder = root / "benchmarks" / "results"
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    drawn = sorted((output / "plots").glob("*.png"))
+    plots = [folder / "bench" / plot.name for plot in drawn]
+    # all text is made before anything is written: results of another version would leave half of each
+    texts = [
+        (path, make(results, plots, path.parent), heading)
+        for path, make, heading in (
+            (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
+            (root / "README.md", summary, "## Benchmark"),
+        )
+    ]
     write_json(folder / "bench.json", results)
-    plots = []
     for outdated in (folder / "bench").glob("*.png"):
         outdated.unlink()
-    for plot in sorted((output / "plots").glob("*.png")):
-        plots.append(folder / "bench" / plot.name)
-        with replacing(plots[-1]) as temporary:
+    for plot, path in zip(drawn, plots, strict=True):
+        with replacing(path) as temporary:
             shutil.copyfile(plot, temporary)
     lines = [json.dumps(job, ensure_ascii=False) for job in Store(output).results()]
     write_text(folder / "bench" / JOBS, "".join(f"{line}\n" for line in lines))
-    for path, make, heading in (
-        (root / "benchmarks" / "README.md", section, "## The paper's experiments"),
-        (root / "README.md", summary, "## Benchmark"),
-    ):
-        marked.put(path, MARKERS, make(results, plots, path.parent), heading)
+    for path, text, heading in texts:
+        marked.put(path, MARKERS, text, heading)
 
 
 def restore(output: Path, root: Path = ROOT) -> int:

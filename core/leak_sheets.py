@@ -37,8 +37,7 @@ def write_leaks(folder: Path, report: LeakReport) -> list[Path]:
 
 
 def write_feed_back(path: Path, report: LeakReport) -> int:
-    """Write the leaks as a file of further target prompts, which another ablation takes; without a leak there is none,
-    nor one of an earlier scan.
+    """Write the leaks as a file of further target prompts, which another ablation takes; without a leak, nothing.
 
     Returns:
         How many there are.
@@ -49,8 +48,6 @@ def write_feed_back(path: Path, report: LeakReport) -> int:
     lines = feed_back_lines(report)
     if lines:
         write_text(path, as_lines(lines))
-    else:
-        path.unlink(missing_ok=True)
     return len(lines)
 
 

@@ -44,10 +44,11 @@ def claim(directory: Path | None, manifest: Mapping[str, Any]) -> None:
     found = read_manifest(directory)
     if found is None:
         write_json(directory / _MANIFEST, as_stored(manifest))
-    elif found != as_stored(manifest):
+    elif {**found, "setup": found.get("setup", manifest.get("setup"))} != as_stored(manifest):
+        # a folder of before setups were written down may be gone on with, too
         raise OtherDataset(
-            f"{directory} holds a dataset of other concepts, settings or another model: choose another folder, "
-            "or delete it."
+            f"{directory} holds a dataset of other concepts, settings or another model, size or precision: choose "
+            "another folder, or delete it."
         )
 
 

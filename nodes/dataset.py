@@ -173,6 +173,11 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 check_serves(preset, task.concept.kind)
             kind = concepts[0].concept.kind
             base = recipe(preset, denoiser, kind)
+            if base.harvest is None and negative_guidance >= 0:
+                raise AblationError(
+                    f"Images are drawn without negative guidance, and {preset} trains on images: leave it at -1 here, "
+                    "and set it in Ablate Concept."
+                )
             sizes = {"images": images or None, "preserve": None if preserve < 0 else preserve}
             sample = replace(
                 base.sample,
@@ -190,11 +195,6 @@ class ConceptAblationBuildDataset(io.ComfyNode):
                 auto_preserve=None if auto_preserve < 0 else auto_preserve,
                 negative_guidance=guidance_of(negative_guidance),
             )
-            if made.harvest is None and negative_guidance >= 0:
-                raise AblationError(
-                    f"Images are drawn without negative guidance, and {preset} trains on images: leave it at -1 here, "
-                    "and set it in Ablate Concept."
-                )
             screen = screen_of(instruments.load(concepts, original, copy_detector, device=denoiser.device))
             check_screen(made, screen)
             settings = _of_source(made.dataset or made.harvest, source)

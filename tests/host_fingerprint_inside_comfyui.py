@@ -45,7 +45,8 @@ def test_a_lora_makes_another_model_wherever_comfyui_keeps_it(emoji):
             if strength:
                 other.add_patches(patches, strength)
             with torch.inference_mode():
-                other.load(other.load_device, lowvram_model_memory=1 if offloaded else 0)
+                other.load(other.load_device, lowvram_model_memory=int(offloaded), full_load=not offloaded)
+                assert bool(other.backup) == (strength > 0 and not offloaded)
                 denoiser = ComfyDenoiser(other, clip, None, (16, 16), "fp32", 0)
                 seen[strength, offloaded] = denoiser.fingerprint()
                 other.unpatch_model(other.offload_device)

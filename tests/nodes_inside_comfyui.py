@@ -291,7 +291,7 @@ def test_exactly_one_edit_is_measured():
     assert evaluate.edited("m", "c", None, "after", "text") == ("after", "text")
 
 
-def test_the_judge_is_embedded_named_or_below_the_models_folder(folders):
+def test_the_judge_is_embedded_named_or_below_the_models_folder(folders, monkeypatch):
     assert evaluate.judge_source("embedded") is evaluate.judge_source(" ") is None
     assert evaluate.judge_source("ViT-B-32/laion2b_s34b_b79k") == "ViT-B-32/laion2b_s34b_b79k"
     (folders.root / "models" / "judges" / "mine").mkdir(parents=True)
@@ -299,6 +299,10 @@ def test_the_judge_is_embedded_named_or_below_the_models_folder(folders):
     for path in ("../judges", "/etc", "C:\\judges", "\\\\server\\share", "~/judges", "judges/../../x", "judges\\..\\x"):
         with pytest.raises(AblationError, match="models folder"):
             evaluate.judge_source(path)
+    (folders.root / "here").mkdir()
+    monkeypatch.chdir(folders.root)
+    with pytest.raises(AblationError, match="models folder"):
+        evaluate.judge_source("here")
 
 
 # All of it, on the embedded model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,13 @@ def patch(factor, table=(1, 2)):
         return out * factor, table
 
     return scaled
+
+
+def network(value):
+    layer = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(layer.weight, value)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Scaling:
@@ -35,6 +43,9 @@ class Scaling:
         lambda value: [patch(1.0, (value, 2))],
         lambda value: (torch.full((2, 2), value), "lora"),
         Scaling,
+        lambda value: partial(patch, value),
+        lambda value: SimpleNamespace(patch=patch(value)),
+        lambda value: network(value),
         lambda value: Scaling(value).__call__,
         lambda value: {("input", 1, 0): {value}},
     ],
@@ -58,4 +69,16 @@ def test_what_holds_itself_ends():
 def test_models_are_named_only():
     manager = SimpleNamespace(load_device="cpu", backup={"weight": torch.ones(1)})
     assert "backup" not in described(manager)
-    assert described(torch.nn.Linear(1, 1)) == described(torch.nn.Linear(2, 2))
+
+
+def test_what_a_function_does_later_makes_no_other_one():
+    """As the patch of ComfyUI's TomePatchModel, which notes in one call what the next one undoes."""
+    noted = None
+
+    def note(value):
+        nonlocal noted
+        noted = value
+
+    before = described(note)
+    note(torch.ones(1))
+    assert described(note) == before

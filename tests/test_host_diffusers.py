@@ -132,6 +132,7 @@ def test_the_tokenizer_that_stable_diffusion_ships_is_read(folder, tiny):
 
 def test_the_prediction_type_is_the_folders_unless_it_is_given(folder, make_model):
     epsilon, velocity = (make_model(prediction_type=name) for name in ("epsilon", "v_prediction"))
+    assert epsilon.fingerprint() == velocity.fingerprint() and epsilon.setup() != velocity.setup()
     expected = [sample_latents(model, *DRAW) for model in (epsilon, velocity)]
     assert not torch.allclose(*expected, atol=0.1)
     given = load_denoiser(str(folder), precision="fp32", prediction_type="v_prediction")

@@ -214,6 +214,14 @@ def test_the_command_ablates_a_list_and_goes_on_where_it_was(command, monkeypatc
     monkeypatch.setattr(sweep_cli, "run_task", lambda options, task, folder: report(folder))
     code, out, _ = command(*arguments)
     assert code == 0 and "rooster: skipped" in out and "in-the-way: done" in out
+    request = json.loads((tmp_path / "out" / "rooster" / "task.json").read_text("utf-8"))
+    assert "negative_guidance" not in request["options"], "older requests do not have it"
+    asked = []
+    monkeypatch.setattr(
+        sweep_cli, "run_task", lambda options, task, folder: (asked.append(options.negative_guidance), report(folder))
+    )
+    command(*arguments, "--negative-guidance", "0.7")
+    assert asked == [0.7, 0.7]
 
 
 def test_without_ray_several_workers_are_refused(command, tmp_path):

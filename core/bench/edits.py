@@ -82,6 +82,7 @@ def dataset_folder(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> Path:
     settings = made.dataset or made.harvest
     drawn = {
         "model": bench.tools.model,
+        "setup": bench.denoiser.setup(),
         "prompts": bench.tools.prompts,
         "concepts": [(asdict(task.concept), task.surrounding) for task in tasks],
         "settings": asdict(settings) if settings else None,

@@ -180,7 +180,7 @@ def figure(estimate: Row | None, *, percent: bool = False) -> str:
 
 def _decimals(value: float) -> str:
     """Two decimals, three where two would claim a 0 or a 1 that it is not."""
-    return f"{value:.2f}" if value in (0, 1) or 0.005 <= value < 0.995 else f"{value:.3f}"
+    return f"{value:.3f}" if 0 < abs(value) < 0.005 or 0.995 <= value < 1 else f"{value:.2f}"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -198,11 +198,14 @@ def require_trainable(model: ModelPatcher) -> None:
     """Raise AblationError if the model multiplies in fp8: such products have no gradients, and what trains computes
     something else than what is sampled with.
     """
-    from comfy import ops
+    from comfy import model_management, ops
 
     for module in model.model.diffusion_model.modules():
         linear = isinstance(module, ops.CastWeightBiasOp) and type(module).__name__ == "Linear"
-        fast = isinstance(module, ops.fp8_ops.Linear) or getattr(module, "scale_input", None) is not None
+        scaled = getattr(module, "scale_input", None) is not None
+        fast = isinstance(module, ops.fp8_ops.Linear) or (
+            scaled and model_management.supports_fp8_compute(model.load_device)
+        )
         if linear and (fast or not isinstance(module, torch.nn.Linear)):
             raise AblationError(
                 "The model is loaded with fp8 matrix multiplication, which cannot be trained through: load it with "

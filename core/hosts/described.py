@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Set
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_TOLD = (*_PLAIN, Tensor, list, tuple, dict)
+_TOLD = (*_PLAIN, Tensor, nn.Module, list, tuple, dict, set, frozenset, partial, FunctionType, MethodType)
+_LARGEST = 50_000_000
+"""Weights of a network that a patch may bring along; a larger one is a model."""
+_SEEN: WeakKeyDictionary[FunctionType, str] = WeakKeyDictionary()
 _DEPTH = 8
 """How far down settings are looked for."""
 
@@ -36,23 +42,34 @@ def described(value: Any, depth: int = _DEPTH) -> str:
         return f"{{{', '.join(sorted(described(one, depth - 1) for one in value))}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(described(one, depth - 1) for one in value)}]"
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}{described(_remembered(value), depth - 1)}"
+    if isinstance(value, type | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, FunctionType):
+        # some remember what they last did: what counts is what they were when they were first seen
+        if value not in _SEEN:
+            _SEEN[value] = _function(value, depth)
+        return _SEEN[value]
     name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, partial | MethodType):
+        bound = isinstance(value, MethodType)
+        parts = [value.__func__, value.__self__] if bound else [value.func, value.args, value.keywords]
+        return f"{name}{described(parts, depth - 1)}"
+    if isinstance(value, nn.Module) and sum(one.numel() for one in value.state_dict().values()) <= _LARGEST:
+        return f"{name}{described(value.state_dict(), depth - 1)}"
     if isinstance(value, nn.Module) or hasattr(value, "load_device"):
-        # a model or what manages one: where it is loaded to is no setting, and a fingerprint of its own covers the rest
+        # the model itself or what manages it, whose fingerprint this is a part of; where it is loaded to is no setting
         return name
     told = {key: one for key, one in getattr(value, "__dict__", {}).items() if isinstance(one, _TOLD)}
     return f"{name}{described(told, depth - 1)}"
 
 
-def _remembered(function: Any) -> list[Any]:
-    """The values that a function has from where it was made: its closure, its defaults, its object."""
+def _function(function: FunctionType, depth: int) -> str:
+    """A function by its name and what it has from where it was made: its closure and its defaults."""
     cells = []
-    for cell in getattr(function, "__closure__", None) or ():
+    for cell in function.__closure__ or ():
         try:
             cells.append(cell.cell_contents)
         except ValueError:  # not filled yet
             cells.append(None)
-    own = getattr(function, "__self__", None)
-    return [*cells, *(getattr(function, "__defaults__", None) or ()), *([] if own is None else [own])]
+    remembered = [*cells, *(function.__defaults__ or ())]
+    return f"{function.__module__}.{function.__qualname__}{described(remembered, depth - 1)}"

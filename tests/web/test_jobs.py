@@ -154,6 +154,7 @@ def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny)
     assert result.delta == host.delta_folder / "tropical-fish-to-fish.safetensors" and result.delta.name == job.saved
     assert all(path.is_file() for path in result.files)
     assert result.delta.name in (result.folder / "report.html").read_text("utf-8"), "the report names the saved file"
+    assert result.folder.name == result.delta.stem, "another name has another report"
     assert [row.name for row in result.evaluation.concepts] == ["tropical fish", "fish", "cat"]
     assert tiny.fingerprint() == before and not any(layer._forward_hooks for layer in tiny.layers.values())
     assert job.preview is None, "pictures of a job that has ended are let go"
@@ -246,6 +247,9 @@ def test_too_many_prompts_are_said_at_their_field_before_any_work(host):
     request, _ = check(replace(TINY, eval_prompts="500"))
     job = ended(Runner(), ablation(host, request))
     assert (job.failed_field, job.stages) == ("eval_prompts", {}) and "ask for fewer" in job.message
+    request, _ = check(replace(TINY, misspellings="200"))
+    job = ended(Runner(), ablation(host, request))
+    assert (job.failed_field, job.stages) == ("misspellings", {})
 
 
 def test_only_offered_models_load_where_none_may_be_typed(tmp_path):
