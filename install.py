@@ -290,6 +290,10 @@ def create_environment(python: Path, verbose: bool) -> None:
             f"Python could not create {ENVIRONMENT} (its message is above): use a Python from python.org, or install "
             "your system's package for it (python3-venv on Debian and Ubuntu)."
         )
+    # the pip of an older Python knows neither --dry-run nor an editable install of a pyproject.toml
+    if output := pip_install(python, ["pip>=22.2"], verbose):
+        show_failure(output, verbose)
+        raise InstallError("pip could not be brought up to date (its message is above): check the network.")
 
 
 def install_torch(python: Path, verbose: bool) -> None:

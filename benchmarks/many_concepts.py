@@ -8,8 +8,9 @@ merged closed forms  one problem for each concept, the solutions added up
 union                one training on the rows of all concepts, with --union-steps times the steps of one
 merged               one training for each concept, the deltas added up
 
-CLIP accuracy on held-out prompts, with 95 % intervals over concepts: of the targets, and of `--others` concepts of the
-same categories that nobody named (the interference: their change). Finished jobs are kept (job_store.py), so that a run
+CLIP accuracy on held-out prompts, with 95 % intervals over concepts: of the targets, and of `--others` concepts that
+nobody named (the interference: their change). These are the same for every number of concepts, of any category: the
+more concepts, the more of them have a category in common with one. Finished jobs are kept (job_store.py), so that a run
 that was stopped goes on, and a larger number of concepts uses the single deltas of a smaller one.
 
     python benchmarks/many_concepts.py                             1, 10, 30 and 100 concepts

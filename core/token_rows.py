@@ -1,6 +1,6 @@
 """Token embeddings with only the rows in use.
 
-CLIP's vocabulary has 49,408 tokens and emoji captions use a few thousand of them. `pack` replaces the matrix by two
+CLIP's vocabulary has 49,408 tokens and emoji captions use some hundreds of them. `pack` replaces the matrix by two
 tensors, `<name>.index` (int32 [K]) and `<name>.rows` (fp16 [K, width]); `unpack` gives the whole matrix back, in which
 an unused token has the mean of the rows in use: the most neutral embedding there is. The embedded model and its judge
 are stored so, which makes them half as large.

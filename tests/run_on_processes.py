@@ -23,7 +23,7 @@ from concept_ablation.core.errors import AblationError, Interrupted
 from concept_ablation.core.evaluation import EvaluationSettings
 from concept_ablation.core.harvest import HarvestSettings
 from concept_ablation.core.harvest_training import train_harvested
-from concept_ablation.core.parallel import joined
+from concept_ablation.core.parallel import current, joined
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.trainer import TrainSettings, train
@@ -96,6 +96,8 @@ def tensors(delta):
 def everything(folder):
     """What is to be the same on one process and on several: rows, images, losses and deltas."""
     model = Model()
+    alike = torch.full((3,), float(current().rank))
+    current().begin_alike([alike])
     data = dataset.build(model, [CAT], IMAGES, surrounding=[["dog"]], directory=folder)
     of_target = dataset.build(model, [CAT], replace(IMAGES, source="target"), surrounding=[["dog"]])
     rows = harvest.harvest(model, [CAT], HARVEST, surrounding=[["dog"]])
@@ -116,6 +118,7 @@ def everything(folder):
     found["images"] = [hashlib.sha256(part.tobytes()).hexdigest() for part in images]
     found["progress"] = steps[-1].step, steps[-1].total
     found["data"] = [data.digest(), of_target.digest(), rows.digest()]
+    found["alike"] = alike.tolist()
     return found, deltas
 
 

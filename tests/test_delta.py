@@ -57,8 +57,9 @@ def test_low_rank_equals_its_dense_form(name):
     torch.manual_seed(2)
     x = torch.randn(shape)
     low = LowRank(torch.randn(layer.weight.shape[0], 2), torch.randn(2, *layer.weight.shape[1:]))
-    dense = contribution(layer, x, LayerDelta(low.dense()))
-    torch.testing.assert_close(contribution(layer, x, LayerDelta(low)), dense, atol=1e-4, rtol=1e-4)
+    bias = torch.randn_like(layer.bias)
+    dense = contribution(layer, x, LayerDelta(low.dense(), bias))
+    torch.testing.assert_close(contribution(layer, x, LayerDelta(low, bias)), dense, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(LayerDelta(low).squared_norm(), low.dense().square().sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -232,6 +233,9 @@ def test_low_rank_approximation_is_the_best_and_says_what_it_keeps():
     exact, kept = to_lora(Delta({"a": LayerDelta(weight)}), 3)
     assert kept == pytest.approx(1.0, abs=1e-6)
     torch.testing.assert_close(exact.layers["a"].weight.dense(), weight, atol=1e-5, rtol=1e-4)
+    # what has no rank, as a norm's weight, is kept whole
+    _, kept = to_lora(Delta({"a": LayerDelta(weight), "n": LayerDelta(torch.ones(5))}), 1)
+    assert kept == pytest.approx((16 + 5) / (21 + 5), abs=1e-5)
 
 
 def test_low_rank_of_a_convolution_keeps_its_shape_and_biases_stay():

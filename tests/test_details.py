@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from concept_ablation.core.details import measure
-from concept_ablation.core.statistics import share_interval
+from concept_ablation.core.details import copy_details, measure
+from concept_ablation.core.kid import kid, spherical
+from concept_ablation.core.statistics import difference_interval, mean_interval, share_interval
 
 CONCEPT, OTHER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 BOTH = torch.tensor([math.sqrt(0.5), math.sqrt(0.5)])
@@ -24,9 +26,24 @@ def test_figures_are_means_over_pictures_and_intervals_are_over_prompts():
     assert found.accuracy_before.value == pytest.approx(5 / 6)
     assert found.accuracy_after == share_interval([1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 2, 2])
     assert found.accuracy_change.value == pytest.approx(-0.5)
-    assert found.accuracy_change.low < -0.5 < found.accuracy_change.high
+    groups, hits = [0, 0, 1, 1, 2, 2], ([1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0])
+    assert found.accuracy_change == difference_interval(*hits, groups)
     # the cosine of these pictures is 1 or 0
-    assert found.score_after.value == pytest.approx(1 / 3) and found.score_change.value == pytest.approx(-0.5)
+    assert (found.score_after, found.score_change) == (
+        mean_interval(hits[1], groups),
+        difference_interval(*hits, groups),
+    )
+    assert found.kid_clip == kid(spherical(before), spherical(after), groups, paired=True)
+
+
+def test_copies_are_those_of_before_and_of_after_with_intervals_over_prompts():
+    before, after = torch.tensor([[0.9], [0.7], [0.2], [0.1]]), torch.tensor([[0.6], [0.2], [0.1], [0.3]])
+    groups = np.array([0, 0, 1, 1])
+    found = copy_details(before, after, groups)
+    assert found.rate_change == difference_interval([1, 1, 0, 0], [1, 0, 0, 0], groups)
+    values = after.flatten().double().numpy()
+    assert found.similarity_after == mean_interval(values, groups)
+    assert found.similarity_after.value == pytest.approx(0.3) and found.similarity_before.value == pytest.approx(0.475)
 
 
 def test_the_set_moves_only_if_the_pictures_do():

@@ -211,6 +211,14 @@ def test_a_finished_stage_goes_on_with_a_larger_budget_only(tmp_path):
     assert stage.Budget(minutes=2).exceeds(10, 90.0) and not stage.Budget(minutes=2).exceeds(10, 110.0)
 
 
+def test_a_stage_that_was_faster_than_planned_is_not_trained_again():
+    """Its minutes were turned into steps while the machine was busy."""
+    point = stage._Run(torch.nn.Identity(), torch.nn.Identity(), None, torch.Generator(), 100, seconds=60.0, pace=0.6)
+    stage._plan(point, stage.Budget(minutes=2.0))
+    assert point.given == 120
+    assert not stage.Budget(minutes=2.0).exceeds(200, max(75.0, point.given))
+
+
 def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path):
     parts = settings.Optimization(4, 1.0, warmup=4)
     plan = stage.Budget(steps=20)

@@ -219,11 +219,22 @@ def test_inception_file(tmp_path: Path) -> None:
     torch.testing.assert_close(found[:, :6], torch.stack([torch.full((40,), 127 / 128), -torch.ones(40), blue] * 2, 1))
 
 
-def test_inception_input_is_that_of_clean_fid() -> None:
-    resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
-    images = RNG.integers(0, 256, (2, 70, 90, 3), dtype=np.uint8)
-    expected = (torch.from_numpy(np.stack([resize(image) for image in images])).permute(0, 3, 1, 2) - 128) / 128
-    torch.testing.assert_close(module._inception_input(images), expected)
+def test_inception_input_is_resized_without_rounding_as_clean_fid_does() -> None:
+    """A ramp of three pixels by PIL's bicubic filter in fp32 (a = -0.5, antialiased where it shrinks)."""
+    image = np.repeat(np.array([0, 100, 250], np.uint8)[None, None, :, None], 3, axis=3)
+    found = (module._inception_input(image) * 128 + 128)[0, 0, 0]
+    assert found.shape == (module._INCEPTION_SIZE,)
+
+    def filtered(place: int) -> float:
+        centre = (place + 0.5) * 3 / module._INCEPTION_SIZE
+        distance = np.abs(np.arange(3) + 0.5 - centre)
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weight = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+        return float(np.clip((weight * [0, 100, 250]).sum() / weight.sum(), 0, 255))
+
+    for place in (0, 40, 77, 150, 222, 298):
+        assert found[place].item() == pytest.approx(filtered(place), abs=0.02)
 
 
 def test_inception_without_weights(tmp_path: Path) -> None:

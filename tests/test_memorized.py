@@ -20,7 +20,7 @@ from concept_ablation.core.errors import AblationError
 from concept_ablation.core.memorized import SearchSettings, find_anchors, paraphrases_of, write_found
 from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import read_prompt_file
-from concept_ablation.core.samplers import SampleSettings
+from concept_ablation.core.samplers import SampleSettings, sample_latents
 from concept_ablation.core.screening import Screen
 from concept_ablation.tests.test_copies import needs_weights, scene
 from concept_ablation.tests.test_leaks import Painter, Plain
@@ -102,6 +102,10 @@ def test_copies_are_drawn_again_and_the_rest_stays_as_it_was(tmp_path):
     data = dataset.build(Painter(), [CONCEPT], SETTINGS, screen=screen, directory=tmp_path / "d")
     same = [torch.equal(one, other) for one, other in zip(data.latents, plain.latents, strict=True)]
     assert same == [row not in (1, 4) for row in range(8)]
+    for row in (1, 4):
+        prompt, seed = data.plan.prompts[data.plan.rows[row][0]], dataset._row_seed(SETTINGS.seed, row, 1)
+        again = sample_latents(Painter(), [prompt], [seed], SETTINGS.sample)
+        assert torch.equal(data.latents[row : row + 1], again.half().float()), "each with a seed of its own"
     assert data.plan == plain.plan
     again = dataset.load(tmp_path / "d")
     assert torch.equal(again.latents, data.latents) and again.plan == data.plan

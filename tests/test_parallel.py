@@ -63,6 +63,7 @@ def test_two_processes_give_the_delta_of_one(found):
 
 
 def test_both_hold_the_same_delta_to_the_last_bit(found):
+    assert [process["together"]["alike"] for process in found] == [[0.0] * 3] * 2, "they begin with process 0's"
     assert found[0]["digests"] == found[1]["digests"]
     assert len(set(found[0]["digests"].values())) == len(found[0]["digests"])
 

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from concept_ablation.core import statistics as module
 from concept_ablation.core.statistics import (
     Estimate,
     difference_interval,
@@ -18,6 +19,17 @@ from concept_ablation.core.statistics import (
 RNG = np.random.default_rng(7)
 T_975 = {4: 2.776445, 9: 2.262157, 199: 1.971957}
 """Printed tables of Student's t."""
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706205), (2, 4.302653), *T_975.items()])
+def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
+    assert module._student(0.975, degrees) == pytest.approx(quantile, rel=2e-3)
+
+
+def test_an_unpaired_difference_is_as_sure_as_its_smaller_sample() -> None:
+    many = [float(value) for value in range(10)]
+    found = difference_interval([1.0, 2.0], many, [0, 0], second_groups=range(10), paired=False)
+    assert found.value == pytest.approx(3.0) and math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_interval_of_many_values_is_that_of_the_central_limit_theorem() -> None:

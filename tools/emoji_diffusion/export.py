@@ -18,7 +18,7 @@ from denoiser import tokenizer as load_tokenizer
 from diffusers import AutoencoderTiny, DDIMScheduler
 from judge import build as build_judge
 from latents import load_latents
-from pictures import Pictures, load_pictures
+from pictures import OTHERS, Pictures, load_pictures
 from safetensors.torch import load_file, save_file
 from settings import Settings, Tower
 from stage import load_average
@@ -52,6 +52,9 @@ def export(run: Path, settings: Settings, out: Path) -> None:
     write_hints(out, load_pictures(run / "pictures"))
     write_json(out / TRAINING, whole_log(run, settings))
     used = used_tokens(denoiser)
+    for concept in load_pictures(run / OTHERS).concepts:
+        # judges learn these names, too
+        used[load_tokenizer()(concept.name, add_special_tokens=False).input_ids] = True
     for name, tower, folder in (
         ("judge", settings.judge, out / "judge"),
         ("validation_judge", settings.validation_judge, run / "validation_judge" / "open_clip"),

@@ -1,4 +1,5 @@
-"""Write the exported model as one SD1-style checkpoint, which ComfyUI, the WebUIs and this package load.
+"""Write a run's model as one checkpoint in Stable Diffusion's layout, which this package loads. ComfyUI and the WebUIs
+tell models by their sizes, and do not know one so narrow.
 
 python tools/emoji_diffusion/export_single_file.py --run outputs/emoji --out emoji-diffusion.safetensors
 """

@@ -42,6 +42,8 @@ SETS = {
 NAMES = "unicode-emoji-json@0.9.0"
 TAXONOMY = "emojibase-data@17.0.0"
 LICENCES = ("Apache-2.0", "MIT", "CC-BY-4.0")
+# Iconify names the licence of this set's code; its LICENSE.md has another one for the drawings.
+ART = {"Firefox OS Emoji": ("CC-BY-4.0", "https://github.com/mozilla/fxemoji")}
 MINIMUM_SETS = 5
 # Small enough that no placement in a 128 px picture enlarges it, large enough that none shrinks it to less than half.
 SIZE = 128
@@ -181,7 +183,8 @@ def icon_set(style: str, icons: Mapping[str, Any], info: Mapping[str, Any]) -> I
     Raises:
         AblationError: its licence is none of `LICENCES`.
     """
-    licence = info["license"].get("spdx", "unknown")
+    named = info["license"].get("spdx", "unknown"), info["license"].get("url", "")
+    licence, address = ART.get(info["name"], named)
     if licence not in LICENCES:
         raise AblationError(f"The icon set {info['name']} is under {licence}, not {', '.join(LICENCES)}: leave it out.")
     credit = {
@@ -190,7 +193,7 @@ def icon_set(style: str, icons: Mapping[str, Any], info: Mapping[str, Any]) -> I
         "author": info["author"]["name"],
         "source": info["author"].get("url", ""),
         "licence": licence,
-        "licence_url": info["license"].get("url", ""),
+        "licence_url": address,
     }
     return IconSet(style, icons, credit)
 
@@ -347,11 +350,14 @@ def fetch(package: str, cache: Path) -> Path:
 
 def read_json(archive: Path, name: str) -> Any:
     """A JSON file of an npm tarball."""
-    with tarfile.open(archive) as tar:
-        member = tar.extractfile(f"package/{name}")
-        if member is None:
-            raise AblationError(f"{archive} has no {name}: delete it, so that it is fetched again.")
-        return json.load(member)
+    try:
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"package/{name}")
+            assert member is not None
+            return json.load(member)
+    except (KeyError, tarfile.TarError, EOFError) as error:
+        # cut short, where the download was interrupted
+        raise AblationError(f"{archive} has no {name}: delete it, so that it is fetched again.") from error
 
 
 def main() -> None:

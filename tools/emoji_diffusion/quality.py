@@ -2,9 +2,9 @@
 
     python tools/emoji_diffusion/quality.py --run outputs/emoji --out outputs/emoji/quality
 
-The judge here is the validation judge, which neither the model nor the product ever uses. `--model` measures another
-model, such as an earlier one, with the same prompts, seeds and judge. `--development` has other prompts and seeds and
-the judge that ships: for choosing the guidance, say, before anything is measured.
+The judge here is the validation judge, which the model never saw and the product uses for checks only. `--model`
+measures another model, such as an earlier one, with the same prompts, seeds and judge. `--development` has other
+prompts and seeds and the judge that ships: for choosing the guidance, say, before anything is measured.
 """
 
 from __future__ import annotations

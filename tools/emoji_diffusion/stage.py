@@ -53,7 +53,7 @@ class Budget:
             raise ValueError("a budget is either minutes or steps")
 
     def exceeds(self, steps: int, seconds: float) -> bool:
-        """Whether it was plainly made for more than a stage that has spent this much."""
+        """Whether it is plainly more than what a finished stage of so many steps was given, in seconds."""
         if self.steps is not None:
             return self.steps > steps
         return self.minutes is not None and self.minutes * 60 > _PLAINLY * seconds
@@ -92,6 +92,8 @@ class _Run:
     total: int = 0
     """Number of steps in all; 0 while that is not decided."""
     seconds: float = 0.0
+    given: float = 0.0
+    """Seconds that the plan was made for; 0 for one by steps."""
     pace: float = 0.0
     """Seconds of a step, as a moving average of this session; 0 before its second step, for the first is slower."""
 
@@ -132,7 +134,8 @@ def train(
     run = _start(stage, path)
     began, done_before, saved = time.monotonic(), run.seconds, time.monotonic()
     first = run.step
-    if run.finished and budget.exceeds(run.step, run.seconds):
+    # a machine that became idle half-way finishes before its time is over
+    if run.finished and budget.exceeds(run.step, max(run.seconds, run.given)):
         run.decay_from = run.total = 0
     with _open_log(folder, first) as log:
         while not run.finished:
@@ -210,6 +213,7 @@ def _plan(run: _Run, budget: Budget) -> None:
         # budget was cut after most of it was spent
         left = max(budget.minutes * 60 - run.seconds, 0.1 * run.seconds)
         run.decay_from, run.total = run.step, run.step + max(1, round(left / run.pace))
+        run.given = budget.minutes * 60
 
 
 def _rate(run: _Run, settings: Optimization) -> float:
@@ -226,7 +230,9 @@ def _step(run: _Run, stage: Stage) -> float:
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.clip)
     if not torch.isfinite(norm):
-        raise Diverged(f"The stage {stage.name} diverged at step {run.step}: resume it with a lower learning rate.")
+        raise Diverged(
+            f"The stage {stage.name} diverged at step {run.step}: lower its learning rate in settings.py and resume."
+        )
     run.optimizer.step(_rate(run, settings))
     run.step += 1
     # a young average would remember the random start
@@ -251,7 +257,7 @@ def _tensors(run: _Run) -> dict[str, Tensor]:
 
 
 def _save(run: _Run, path: Path) -> None:
-    plan = {"step": run.step, "decay_from": run.decay_from, "total": run.total, "seconds": run.seconds}
+    plan = {name: getattr(run, name) for name in (*_PLAN, "seconds", "given")}
     tensors = {name: value.detach().contiguous().clone() for name, value in _tensors(run).items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {key: repr(value) for key, value in plan.items()})
@@ -266,7 +272,7 @@ def _load(run: _Run, path: Path) -> None:
     run.optimizer.load_state(_under(stored, "optimizer."))
     run.rng.set_state(stored[_RNG])
     run.step, run.decay_from, run.total = (int(plan[key]) for key in _PLAN)
-    run.seconds = float(plan["seconds"])
+    run.seconds, run.given = float(plan["seconds"]), float(plan.get("given", 0))
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

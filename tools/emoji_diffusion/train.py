@@ -23,7 +23,7 @@ from judge import seen_and_unseen, train_judge
 from latents import encode_pictures, load_latents
 from pictures import OTHERS, Pictures, load_pictures
 from settings import Settings, Tower
-from stage import START, Budget, load_average
+from stage import CHECKPOINT, START, Budget, load_average
 from start import start_from
 
 from concept_ablation.core.errors import AblationError
@@ -89,6 +89,9 @@ def _autoencoder(run: Run) -> None:
 
 
 def _latents(run: Run) -> None:
+    if (run.out / "denoiser" / CHECKPOINT).is_file():
+        print("latents: kept, because the denoiser is trained on them", flush=True)
+        return
     model = load_average(build_autoencoder(run.settings), run.out / "autoencoder")
     encode_pictures(model, run.pictures(), run.settings, run.out / "latents", shares(run.minutes)["latents"])
 
@@ -138,11 +141,15 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run that is in --out")
     options = parser.parse_args()
+    if options.start_validation and not options.start:
+        parser.error("--start-validation goes with --start")
+    if options.start and options.resume:
+        parser.error("--start begins a run and --resume goes on with one: give one of the two")
     try:
         require_writable(options.out)
         if not options.resume and any(options.out.glob("*/*.safetensors")):
             raise AblationError(f"{options.out} holds a run: add --resume to go on with it, or choose another folder.")
-        if options.start is not None and not options.resume:
+        if options.start is not None:
             start_from(options.start, options.out, options.start_validation)
         run_stages(Run(options.out, Settings(), options.minutes), options.stages)
     except AblationError as error:
