@@ -29,10 +29,7 @@ HELD = ("torch", "torchvision", "torchaudio", "xformers", "numpy")
 
 # For .venv, tried in this order. The first is the pair that the tests ran with; where pip has no such release for this
 # system or Python, any recent pair does.
-TORCH_CHOICES = (
-    ("torch==2.14.1", "torchvision==0.29.1"),
-    ("torch>=2.4", "torchvision>=0.19"),
-)
+TORCH_CHOICES = (("torch==2.14.1", "torchvision==0.29.1"), ("torch>=2.4", "torchvision>=0.19"))
 # How pip words "there is no such release here", as against a full disk or a broken connection.
 NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 
