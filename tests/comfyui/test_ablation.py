@@ -93,8 +93,9 @@ def test_progress_moves_and_shows_what_is_drawn(made, client):
         values = [value / maximum for name, value, maximum in run.bars if name == node]
         assert values == sorted(values)
         assert values[-1] == 1
+        # the others have no chart that an event would be for
         steps = [event["step"] for event in run.events if event["node"] == node]
-        assert len(steps) > 2
+        assert len(steps) > 2 if node == ids.ablate.id else not steps
     losses = run.losses(ids.ablate.id)
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(preview[:3] == b"\xff\xd8\xff" for preview in run.previews)
