@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from .details import CopyDetails
 from .errors import AblationError
 from .evaluation import ConceptResult, Evaluation
 from .files import replacing, write_json, write_text
@@ -102,6 +103,11 @@ class _ConceptView:
     @property
     def changed(self) -> bool:
         return self.fell > NOTICEABLE_POINTS
+
+    @property
+    def copies(self) -> CopyDetails | None:
+        """None where they were not looked for."""
+        return None if self.result.details is None else self.result.details.copies
 
 
 def delta_info(path: Path) -> DeltaInfo:
