@@ -89,12 +89,14 @@ class SavedPage:
         """The list as it is now, with `chosen` or else the newest delta chosen."""
         items = library.saved(self._folder)
         files = [item.file for item in items]
-        chosen = chosen if chosen in files else (files[0] if files else None)
-        return [
-            gr.update(choices=files, value=chosen, label=f"Delta ({len(files)})"),
-            *self._choose(chosen),
-            views.applied(self._host.applied()),
-        ]
+        kept = chosen in files
+        chosen = chosen if kept else next(iter(files), None)
+        listed = gr.update(choices=files, value=chosen, label=f"Delta ({len(files)})")
+        details, file, confirm = self._choose(chosen)
+        if kept:
+            # the question whether to delete it may have been asked while this was on its way
+            confirm = gr.skip()
+        return [listed, details, file, confirm, views.applied(self._host.applied())]
 
     def _choose(self, chosen: str | None) -> list[Any]:
         if not chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import sys
 import threading
 import time
@@ -268,6 +269,12 @@ def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts):
     page.get_by_role("button", name="Keep it").click()
     assert (site.output / "deltas" / "both.safetensors").is_file()
     page.get_by_role("button", name="Delete this delta").click()
+    page.get_by_role("button", name="Delete it").wait_for()
+    page.get_by_role("tab", name="Try it").click()
+    shutil.copy(site.output / "deltas" / "both.safetensors", site.output / "deltas" / "other.safetensors")
+    page.get_by_role("tab", name="Saved deltas").click()
+    saved = len(list((site.output / "deltas").glob("*.safetensors")))
+    page.get_by_label(f"Delta ({saved})").wait_for()  # the list was read again, and that took no question away
     page.get_by_role("button", name="Delete it").click()
     page.get_by_text("both.safetensors is deleted.").wait_for()
     assert not (site.output / "deltas" / "both.safetensors").exists()
