@@ -1,6 +1,6 @@
 """What to ablate, and the text that follows from it: prompt pairs (c, c*), evaluation prompts, CLIP texts.
 
-`pairs` implements Sec. 4.1 of Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models" (arXiv 2303.13516).
+`pairs` implements Sec. 3.3 of Kumari et al., "Ablating Concepts in Text-to-Image Diffusion Models" (arXiv 2303.13516).
 Where templates come from is left to `prompts.py`.
 """
 
@@ -144,6 +144,21 @@ def preservation_prompts(names: Sequence[str], concept: Concept, source: PromptS
         for place, name in enumerate(kept)
     )
     return distinct(prompt for prompt in drawn if normalise(prompt) not in held_out)[:count]
+
+
+def wordings(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The texts that mean the target, and those that mean its anchor: the names and the user's own prompts.
+
+    Raises:
+        AblationError: a further target prompt has an empty side.
+    """
+    if concept.kind == "memorized":
+        return _captions(concept), distinct((concept.anchor, *concept.anchor_prompts))
+    further = _further_pairs(concept)
+    return (
+        distinct((concept.target, *(pair.target for pair in further))),
+        distinct((concept.anchor, *concept.anchor_prompts, *(pair.anchor for pair in further))),
+    )
 
 
 def judge_texts(name: str, concept: Concept) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from . import low_rank
-from .concept import Concept
+from .concept import Concept, wordings
 from .delta import Delta, zeros, zeros_in_rows
 from .denoiser import Denoiser
 from .errors import AblationError
@@ -57,8 +57,9 @@ def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
 def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept], rank: int = 0, seed: int = 0) -> Delta:
     """A delta of zeros over `subset`, ready to be trained: whole matrices, or with a `rank` the factors of LoRA.
 
-    For `embedding` only the rows of the targets' tokens are in it: of those tokens, where there are any, that the
-    anchor does not share ("grumpy" of Grumpy Cat -> cat), because a shared row would move the anchor too.
+    For `embedding` only the rows of the targets' tokens are in it, of their names as of further prompts and captions:
+    of those tokens, where there are any, that no anchor shares ("grumpy" of Grumpy Cat -> cat), because a shared row
+    would move the anchor too.
 
     Raises:
         AblationError: as `select`, or a rank for a subset that has other layers than linear ones.
@@ -68,12 +69,20 @@ def empty_delta(subset: str, denoiser: Denoiser, concepts: Iterable[Concept], ra
         return _on_device(low_rank.zeros(layers, rank, seed), denoiser)
     if subset != "embedding":
         return _on_device(zeros(layers), denoiser)
-    rows: set[int] = set()
-    for concept in concepts:
-        target = set(denoiser.tokenize(concept.target))
-        rows |= (target - set(denoiser.tokenize(concept.anchor))) or target
+    rows = _rows_of_targets(denoiser, concepts)
     merged = {name: zeros_in_rows(name, module, rows).layers[name] for name, module in layers.items()}
     return _on_device(Delta(merged), denoiser)
+
+
+def _rows_of_targets(denoiser: Denoiser, concepts: Iterable[Concept]) -> set[int]:
+    """Rows of the token embedding such that each text for a target has one that is trained."""
+    texts = [wordings(concept) for concept in concepts]
+    kept = [{token for text in anchors for token in denoiser.tokenize(text)} for _, anchors in texts]
+    targets = [
+        (set(denoiser.tokenize(text)), own) for (names, _), own in zip(texts, kept, strict=True) for text in names
+    ]
+    rows = {token for target, _ in targets for token in target.difference(*kept)}
+    return rows.union(*(target - own or target for target, own in targets if not target & rows))
 
 
 def trainable(delta: Delta, subset: str) -> Delta:

@@ -48,6 +48,23 @@ def test_embedding_takes_the_rows_that_the_anchor_does_not_share(emoji):
     assert rows("fish fish", "fish") == emoji.tokenize("fish")
 
 
+def test_embedding_has_a_row_for_each_wording_of_a_target_and_none_of_an_anchor(emoji):
+    def rows(*concepts: Concept) -> set[int]:
+        (layer,) = empty_delta("embedding", emoji, concepts).layers.values()
+        return set(layer.weight.up.argmax(0).tolist())
+
+    def tokens(text: str) -> set[int]:
+        return set(emoji.tokenize(text))
+
+    further = Concept("tropical fish", "fish", target_prompts=("a blowfish => a fish",))
+    assert rows(further) == tokens("tropical") | tokens("blowfish") - tokens("a fish")
+    caption = Concept("The rooster, at dawn", "a bird", "memorized", anchor_prompts=("the bird, at noon",))
+    assert rows(caption) == tokens("rooster dawn")
+    # "fish" is the first one's anchor, so the second one cannot have it
+    assert rows(Concept("tropical fish", "fish"), Concept("fish cake", "cake")) == tokens("tropical") | tokens("fish")
+    assert rows(Concept("tropical fish", "fish"), Concept("fish cake swirl", "cake")) == tokens("tropical swirl")
+
+
 def test_only_the_rows_of_an_embedding_are_trained(emoji):
     delta = trainable(empty_delta("embedding", emoji, [Concept("rooster", "bird")]), "embedding")
     (layer,) = delta.layers.values()
