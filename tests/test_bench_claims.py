@@ -170,6 +170,10 @@ def copied(subset: str, rate: float, method: str = "") -> Measured:
 def test_full_weights_are_best_only_if_every_other_subset_is_worse():
     name = "full-best-for-memorized"
     assert claim([copied("full", 0.0), copied("attn", 0.5), copied("cross-attn", 0.25)], name).verdict == "holds"
+    # what only a paraphrase brings back is a copy as well
+    hidden = replace(copied("attn", 0.0), observations=(seen("paraphrase", 0.5, measure="copies"),))
+    paraphrased = replace(copied("full", 0.0), observations=(seen("paraphrase", 0.0, measure="copies"),))
+    assert claim([paraphrased, hidden], name).verdict == "holds"
     tie = claim([copied("full", 0.0), copied("attn", 0.5), copied("cross-attn", 0.0)], name)
     assert tie.verdict == "does not hold" and tie.figure["value"] == 0
     assert tie.judge is None and tie.validation is None

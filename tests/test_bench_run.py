@@ -280,10 +280,12 @@ def test_time_that_runs_out_within_a_job_keeps_what_was_drawn(bench):
     assert edit_folder(bench, planned["table"][0].job.edit).is_dir()
 
 
-def test_jobs_of_others_are_left_to_them_until_they_are_silent(bench, monkeypatch):
+@pytest.mark.parametrize("what", ["job", "edit"])
+def test_jobs_and_edits_of_others_are_left_to_them_until_they_are_silent(bench, monkeypatch, what):
     planned = jobs(bench, "table", tasks=(ROOSTER, MONET))
     theirs, ours = (one.key for one in planned["table"])
-    claim = bench.store.claim_path(theirs)
+    claimed = theirs if what == "job" else edit_folder(bench, planned["table"][0].job.edit).name
+    claim = bench.store.claim_path(claimed)
     claim.parent.mkdir(parents=True)
     claim.write_text("elsewhere 1\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..statistics import Estimate
-from .figures import ACCURACY, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, difference, pool, share
+from .figures import ACCURACY, CAPTION, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, difference, pool, share
 
 Verdict = Literal["holds", "does not hold", "not measured", "met", "missed"]
 
@@ -141,11 +141,12 @@ def _full_best(measured: Sequence[Measured], judge: str | None) -> Claim:
     """Decided by the copy detector, so the judge has no part in it."""
     id_, text = (
         "full-best-for-memorized",
-        "Full weights are best for memorized pictures: every other subset copies more.",
+        "Full weights are best for memorized pictures: every other subset copies more, by the caption as it is, "
+        "misspelled and paraphrased.",
     )
     rows = [one for one in _of(measured, "memorized") if not one.method.endswith("+ranked")]
     pools = {
-        name: pool([one for one in rows if one.subset == name], COPIES, None, TARGET)
+        name: pool([one for one in rows if one.subset == name], COPIES, None, CAPTION)
         for name in dict.fromkeys(one.subset for one in rows if one.subset)
     }
     pools = {name: found for name, found in pools.items() if found}

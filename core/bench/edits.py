@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ def edit_folder(bench: Bench, edit: Edit) -> Path:
 def is_made(bench: Bench, edit: Edit) -> bool:
     """Whether `make` has nothing to do."""
     return (edit_folder(bench, edit) / _INFO).is_file()
+
+
+@contextlib.contextmanager
+def reserved(bench: Bench, edit: Edit | None) -> Iterator[bool]:
+    """Whether an edit is made or may be made here; if so, nobody else makes it until the block ends."""
+    if edit is None or is_made(bench, edit):
+        yield True
+        return
+    with bench.store.claimed(edit_folder(bench, edit).name) as ours:
+        yield ours
 
 
 def make(bench: Bench, edit: Edit) -> Made:

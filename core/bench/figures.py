@@ -29,6 +29,8 @@ FEW_RESAMPLES = 2_000
 COPIES = "copies"
 ACCURACY = "accuracy"
 TARGET, SURROUNDING = ("target",), ("surrounding",)
+CAPTION = ("target", "misspelled", "paraphrase")
+"""Roles by which a memorized picture is asked for."""
 
 Cluster = tuple[str, str, str, str]
 """(task, role, name, prompt)"""

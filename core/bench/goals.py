@@ -13,7 +13,7 @@ from typing import Any
 from ..statistics import Estimate
 from ..tasks import Task
 from .claims import Claim, Rule, Verdict, checked
-from .figures import ACCURACY, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
+from .figures import ACCURACY, CAPTION, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
 
 TARGET_GOAL, KEPT_GOAL, MISSPELLED_GOAL = 0.05, 0.98, 0.10
 _NAMED = ("instance", "style")
@@ -97,20 +97,14 @@ def _misspelled(tasks: Sequence[Task]) -> Rule:
     return rule
 
 
-_CAPTION = ("target", "misspelled", "paraphrase")
-"""Pictures of a memorized picture's caption, in any words."""
-
-
 def _copies(tasks: Sequence[Task]) -> Rule:
     text = "The copy rate of every memorized picture is 0, also of its misspelled and paraphrased caption."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
         rows = _of_kinds(measured, ("memorized",))
-        claim = _at_most(
-            "copy-rate", text, pool(rows, COPIES, None, _CAPTION), 0.0, _named(tasks, ("memorized",)), None
-        )
+        claim = _at_most("copy-rate", text, pool(rows, COPIES, None, CAPTION), 0.0, _named(tasks, ("memorized",)), None)
         by_task = {
-            name: as_json(share(pool([one for one in rows if one.task == name], COPIES, None, _CAPTION)))
+            name: as_json(share(pool([one for one in rows if one.task == name], COPIES, None, CAPTION)))
             for name in dict.fromkeys(one.task for one in rows)
         }
         anchors = pool(rows, COPIES, None, ("anchor",))

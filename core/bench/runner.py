@@ -15,6 +15,7 @@ from ..errors import Interrupted
 from ..phases import counted
 from ..presets import PRESETS
 from .bench import Bench
+from .edits import reserved
 from .jobs import expected_rows, run_job
 from .pace import probe, weighted
 from .plan import FORMAT, Job, describe
@@ -111,8 +112,8 @@ def run(
             worked = False
             for one in remaining:
                 bench.pace.check()
-                with bench.store.claimed(one.key) as ours:
-                    if not ours or _done(bench, one.key, retry):
+                with bench.store.claimed(one.key) as ours, reserved(bench, one.job.edit) as free:
+                    if not (ours and free) or _done(bench, one.key, retry):
                         continue
                     if on_job is not None:
                         on_job(len(every) - len(left()), len(every), one)
