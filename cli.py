@@ -137,6 +137,7 @@ def ablate(
         preset,
         denoiser,
         kind,
+        concepts=[task.concept for task in tasks],
         objective=objective,
         subset=subset,
         seed=seed,
@@ -253,7 +254,7 @@ def demo(
     evaluation = EvaluationSettings(prompts=4, seeds=4, sample=SampleSettings(steps=15))
     denoiser, referee = load_with_judge(None, None, None, "auto", None)
     with progress_bars() as on_progress:
-        chosen = recipe("balanced", denoiser)
+        chosen = recipe("balanced", denoiser, concepts=[task.concept for task in tasks])
         found = ablate_and_report(denoiser, tasks, chosen, referee, evaluation, output, on_progress)
     print_evaluation(found, output)
 

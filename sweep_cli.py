@@ -183,6 +183,7 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
         options.preset,
         denoiser,
         task.concept.kind,
+        concepts=[task.concept],
         objective=options.objective,
         subset=options.subset,
         seed=options.seed,

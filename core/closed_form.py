@@ -228,15 +228,17 @@ def _groups(
     generic: Sequence[str],
 ) -> _Groups:
     source = denoiser.prompt_source
+    erased, preserved = [], []
+    for concept, names in zip(concepts, surrounding or [()] * len(concepts), strict=True):
+        others = [other for other in concepts if other is not concept]
+        prompt_pairs = pairs(concept, source, settings.prompts, others)
+        erased.append([(pair.target, pair.anchor) for pair in prompt_pairs])
+        if settings.preserve_prompts:
+            held = preservation_prompts([concept.anchor, *names], concept, source, settings.preserve_prompts, others)
+            preserved.append(list(held))
     return _Groups(
-        erased=[
-            [(pair.target, pair.anchor) for pair in pairs(concept, source, settings.prompts)] for concept in concepts
-        ],
-        preserved=[
-            list(preservation_prompts([c.anchor, *names], c, source, settings.preserve_prompts))
-            for c, names in zip(concepts, surrounding or [()] * len(concepts), strict=True)
-            if settings.preserve_prompts
-        ],
+        erased=erased,
+        preserved=preserved,
         generic=list(dict.fromkeys(["", *_without_targets(generic, concepts)])),
     )
 

@@ -6,8 +6,9 @@ Where templates come from is left to `prompts.py`.
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, get_args
@@ -64,7 +65,9 @@ class Concept:
             _check_anchor_prompts(self, [pair.anchor for pair in _further_pairs(self)], named=False)
 
 
-def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> tuple[PromptPair, ...]:
+def pairs(
+    concept: Concept, source: PromptSource, count: int | None = None, others: Sequence[Concept] = ()
+) -> tuple[PromptPair, ...]:
     """The pairs (c, c*) to train on: the first `count` of them, or all.
 
     instance: c is a template with the anchor's name, or a user's prompt; c* has the target's name in its place.
@@ -75,6 +78,8 @@ def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> t
 
     No prompt of an instance or style pair is one of `evaluation_prompts` for the target or the anchor. A memorized
     image is evaluated on the captions that reproduce it, which its pairs are made of, so nothing is held out there.
+
+    No anchor prompt names the target of one of `others`, which the same edit removes: as an anchor it would keep that.
 
     Raises:
         AblationError: `count` is below 1, or no pair is left.
@@ -89,17 +94,18 @@ def pairs(concept: Concept, source: PromptSource, count: int | None = None) -> t
     if concept.kind != "memorized":
         turns = zip_longest(made, _further_pairs(concept))
         made = [pair for turn in turns for pair in turn if pair is not None]
-    held_out = _held_out((concept.target, concept.anchor), concept, source)
+    held_out, names_another = _held_out((concept.target, concept.anchor), concept, source), _targets_in(others)
     left = {
         (normalise(pair.anchor), normalise(pair.target)): pair
         for pair in made
         if normalise(pair.anchor) != normalise(pair.target)
         and not {normalise(pair.anchor), normalise(pair.target)} & held_out
+        and not names_another(pair.anchor)
     }
     if not left:
         raise AblationError(
-            f"No training prompt is left for {concept.target!r}, as all are kept for evaluation or do not tell it from "
-            "its anchor; add other anchor prompts."
+            f"No training prompt is left for {concept.target!r}, as all are kept for evaluation, do not tell it from "
+            "its anchor, or name another target; add other anchor prompts."
         )
     return tuple(left.values())[:count]
 
@@ -123,10 +129,13 @@ def evaluation_prompts(name: str, concept: Concept, source: PromptSource, count:
     return prompts[:count]
 
 
-def preservation_prompts(names: Sequence[str], concept: Concept, source: PromptSource, count: int) -> tuple[str, ...]:
+def preservation_prompts(
+    names: Sequence[str], concept: Concept, source: PromptSource, count: int, others: Sequence[Concept] = ()
+) -> tuple[str, ...]:
     """Training prompts, never evaluation ones, that draw each of `names`: what the edit must leave as it is.
 
-    The names take turns. Returns `count` prompts, or as many as there are.
+    The names take turns. None names the target of one of `others`, which the same edit removes. Returns `count`
+    prompts, or as many as there are.
 
     Raises:
         AblationError: `count` is below 1, or one of `names` is the target.
@@ -136,14 +145,15 @@ def preservation_prompts(names: Sequence[str], concept: Concept, source: PromptS
     if any(_same(name, concept.target) for name in kept):
         raise AblationError(f"{concept.target!r} is the target and cannot be preserved; remove it from that list.")
     templates = source.style_train if concept.kind == "style" else source.instance_train
-    held_out = _held_out(kept, concept, source)
+    held_out, names_another = _held_out(kept, concept, source), _targets_in(others)
     # Shifting the template by the name keeps a round of names from sharing one scene.
     drawn = (
         _training_prompt(name, turn + place, templates, concept, source)
         for turn in range(len(templates))
         for place, name in enumerate(kept)
     )
-    return distinct(prompt for prompt in drawn if normalise(prompt) not in held_out)[:count]
+    left = (prompt for prompt in drawn if normalise(prompt) not in held_out and not names_another(prompt))
+    return distinct(left)[:count]
 
 
 def wordings(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -272,6 +282,15 @@ def _replace_name(prompt: str, name: str, other: str) -> str:
 
 def _names(text: str, name: str) -> bool:
     return any(says(form, text) for form in (name, name + "s"))
+
+
+def _targets_in(concepts: Sequence[Concept]) -> Callable[[str], bool]:
+    """Says whether a text names the target of one of the concepts."""
+    if not concepts:
+        return lambda _: False
+    forms = (form for concept in concepts for form in (concept.target, concept.target + "s"))
+    pattern = re.compile("|".join(map(word_pattern, forms)), re.IGNORECASE)
+    return lambda text: pattern.search(text) is not None
 
 
 def _captions(concept: Concept) -> tuple[str, ...]:

@@ -110,11 +110,12 @@ def make_plan(
     """
     texts: list[tuple[str, str]] = []
     for concept, neighbours in zip(concepts, surrounding, strict=True):
-        prompt_pairs = pairs(concept, source, settings.prompts)
+        others = [other for other in concepts if other is not concept]
+        prompt_pairs = pairs(concept, source, settings.prompts, others)
         texts += [(p.anchor, p.target) for p in _cycle(prompt_pairs, settings.images)]
         if settings.preserve:
             names = [concept.anchor, *neighbours]
-            held = preservation_prompts(names, concept, source, settings.preserve)
+            held = preservation_prompts(names, concept, source, settings.preserve, others)
             texts += [(prompt, prompt) for prompt in _cycle(held, settings.preserve)]
     prompts = tuple(dict.fromkeys(text for row in texts for text in row))
     index = {prompt: i for i, prompt in enumerate(prompts)}

@@ -20,6 +20,10 @@ from .progress import ProgressCallback, Reporter
 from .prompts import distinct, normalise, read_prompt_file
 from .samplers import SampleSettings, draw_images
 
+_SEARCH_SEEDS = 100_000
+"""How far the seeds of a search lie from those of an evaluation, which else would count the very pictures by which the
+captions were chosen."""
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -120,7 +124,8 @@ def find_anchors(
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         return draw_images(denoiser, prompts, seeds, settings.sample, batch=settings.batch, reporter=reporter)
 
-    everything = rank([caption, *others], draw, detector, original, settings.images_each, settings.first_seed)
+    first = _SEARCH_SEEDS + settings.first_seed
+    everything = rank([caption, *others], draw, detector, original, settings.images_each, first)
     own = next(one for one in everything if one.prompt == caption)
     ranked = tuple(one for one in everything if one is not own)
     return FoundAnchors(choose(caption, ranked, settings.targets, settings.anchors), own, ranked)

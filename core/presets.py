@@ -9,16 +9,17 @@ Learning rates are those of Stable Diffusion 1.x; a model of another size states
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .closed_form import ClosedFormSettings
-from .concept import Kind
+from .concept import Concept, Kind
 from .dataset import DatasetSettings
 from .denoiser import Denoiser
 from .errors import AblationError
 from .harvest import HarvestSettings
+from .prompts import says
 from .samplers import SampleSettings
 from .subsets import SUBSETS
 from .trainer import FROZEN_TEACHER, TARGET_IMAGES, TrainSettings
@@ -110,11 +111,28 @@ def check_serves(preset: str, kind: Kind) -> None:
         )
 
 
+def kind_of(preset: str, concepts: Sequence[Concept]) -> Kind:
+    """The kind by which a recipe is made for concepts that go into one delta.
+
+    Raises:
+        AblationError: as `check_serves`, or memorized images beside other concepts, which train other weights.
+    """
+    for concept in concepts:
+        check_serves(preset, concept.kind)
+    if len({concept.kind == "memorized" for concept in concepts}) > 1:
+        raise AblationError(
+            "A memorized image and a concept of another kind are trained with different settings: ablate them one by "
+            "one, and merge the two deltas."
+        )
+    return concepts[0].kind
+
+
 def recipe(
     preset: str,
     denoiser: Denoiser,
     kind: Kind = "instance",
     *,
+    concepts: Sequence[Concept] = (),
     objective: str | None = None,
     subset: str | None = None,
     seed: int = 0,
@@ -129,6 +147,9 @@ def recipe(
         preset: a name in `PRESETS`.
         denoiser: the model, for its learning rate scales.
         kind: what is ablated.
+        concepts: what goes into the delta, where that is known. The preset's number of steps is for each of them
+            (section 4.3 of the paper), and `paper` regularizes where a target's name has its anchor's in it, as the
+            authors do for Grumpy Cat.
         objective: replaces the preset's.
         subset: replaces the preset's; the learning rate follows it.
         seed: of the dataset and the training.
@@ -162,7 +183,10 @@ def recipe(
     scale = denoiser.learning_rate_scales.get(made.training.subset, denoiser.learning_rate_scale)
     rate = made.training.learning_rate * scale
     distance = _DISTANCE_WEIGHT if made.training.objective == "loss-max" else 0.0
-    train = replace(made.training, seed=seed, learning_rate=rate, distance_weight=distance)
+    steps = made.training.steps * max(1, len(concepts))
+    train = replace(made.training, seed=seed, learning_rate=rate, distance_weight=distance, steps=steps)
+    if preset == "paper" and any(one.kind == "instance" and says(one.anchor, one.target) for one in concepts):
+        train = replace(train, regularization=1.0)
     if train.objective in TARGET_IMAGES:
         # images of the target make no anchor pairs (x, c), which the regularization is on
         train = replace(train, regularization=0.0)
@@ -225,6 +249,7 @@ def _paper(kind: Kind, subset: str | None) -> Recipe:
             batch=4,
             regularization=1.0,
             cosine=False,
+            flip=True,
         )
         return Recipe(images, train)
     subset = subset or "cross-attn"

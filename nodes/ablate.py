@@ -15,7 +15,7 @@ from ..core.ablation import Ablation, Data, train_on
 from ..core.errors import AblationError
 from ..core.harvest import Harvest
 from ..core.hosts.comfyui import opened, patched, require_trainable
-from ..core.presets import recipe
+from ..core.presets import kind_of, recipe
 from ..core.progress import Reporter
 from ..core.report import loss_plot
 from ..core.samplers import SampleSettings, draw_images
@@ -72,7 +72,13 @@ class ConceptAblationAblate(io.ComfyNode):
                     "subset", options=[PRESET, *SUBSETS], default=PRESET, tooltip=f"{_LEFT} {described(SUBSETS)}"
                 ),
                 preset_input(),
-                io.Int.Input("steps", default=0, min=0, max=100000, tooltip="Training steps; 0 is the preset's."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    tooltip="Training steps; 0 is the preset's, for each concept.",
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=0.0,
@@ -141,7 +147,8 @@ class ConceptAblationAblate(io.ComfyNode):
             chosen = recipe(
                 preset,
                 denoiser,
-                dataset.concepts[0].kind,
+                kind_of(preset, dataset.concepts),
+                concepts=dataset.concepts,
                 objective=None if objective == PRESET else objective,
                 subset=None if subset == PRESET else subset,
                 seed=seed,

@@ -21,7 +21,7 @@ from ..core.errors import AblationError
 from ..core.harvest import Harvest, HarvestSettings, harvest
 from ..core.hosts.comfyui import opened
 from ..core.hosts.ldm_patcher import PIXELS_PER_LATENT
-from ..core.presets import check_serves, recipe
+from ..core.presets import kind_of, recipe
 from ..core.samplers import SAMPLERS
 from ..core.screening import Screen
 from . import instruments
@@ -169,9 +169,7 @@ class ConceptAblationBuildDataset(io.ComfyNode):
         progress = NodeProgress(cls.hidden.unique_id, model)
         advice = "lower images_at_once, or draw smaller images"
         with memory_advice(advice), opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
-            for task in concepts:
-                check_serves(preset, task.concept.kind)
-            kind = concepts[0].concept.kind
+            kind = kind_of(preset, [task.concept for task in concepts])
             base = recipe(preset, denoiser, kind)
             if base.harvest is None and negative_guidance >= 0:
                 raise AblationError(

@@ -10,7 +10,7 @@ from ..core.ablation import Task, ablate
 from ..core.closed_form import SUBSETS_SOLVED
 from ..core.concept import pairs
 from ..core.hosts.comfyui import opened, patched
-from ..core.presets import check_serves, recipe
+from ..core.presets import kind_of, recipe
 from ..core.samplers import SampleSettings
 from ..core.subsets import SUBSETS
 from .ablate import as_many, send_thumbnails
@@ -81,12 +81,10 @@ class ConceptAblationInstant(io.ComfyNode):
     ) -> io.NodeOutput:
         progress = NodeProgress(cls.hidden.unique_id, model)
         with memory_advice("close other programs that use the GPU"), opened(model, clip, vae) as denoiser:
-            for task in concepts:
-                check_serves("instant", task.concept.kind)
             chosen = recipe(
                 "instant",
                 denoiser,
-                concepts[0].concept.kind,
+                kind_of("instant", [task.concept for task in concepts]),
                 subset=subset,
                 auto_preserve=None if auto_preserve < 0 else auto_preserve,
                 negative_guidance=guidance_of(negative_guidance),

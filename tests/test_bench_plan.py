@@ -68,7 +68,6 @@ def test_a_key_stays_the_same_for_equal_jobs(tiny, make_model):
         {"job": varied(ROOSTER, objective="noise")},
         {"job": varied(ROOSTER, preset="paper")},
         {"job": varied(ROOSTER, steps=7)},
-        {"job": varied(ROOSTER, longer=2)},
         {"job": varied(ROOSTER, constant_rate=True)},
         {"job": replace(JOB, edit=Edit((ROOSTER,), Method(), seed=1))},
         {"job": replace(JOB, edit=Edit((ROOSTER, MONET), Method()))},

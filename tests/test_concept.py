@@ -121,6 +121,20 @@ def test_style_pairs_cycle_the_suffixes() -> None:
     )
 
 
+def test_no_pair_and_no_preserved_prompt_keeps_what_the_same_edit_removes() -> None:
+    other = Concept("Box", "bag")
+    assert pairs(Concept("orange Tom", "cat"), SMALL, others=[other]) == (
+        PromptPair("a cat at sea", "an orange Tom at sea"),
+    )
+    assert pairs(Concept("orange Tom", "cat"), SMALL, 1, [other])[0].anchor == "a cat at sea"
+    kept = preservation_prompts(["cat", "dog"], GRUMPY, SMALL, 9)
+    assert any("box" in prompt for prompt in kept)
+    beside = preservation_prompts(["cat", "dog"], GRUMPY, SMALL, 9, [other])
+    assert set(beside) == {prompt for prompt in kept if "box" not in prompt}
+    with pytest.raises(AblationError, match="name another target"):
+        pairs(Concept("orange Tom", "cat"), SMALL, others=[Concept("cat", "animal")])
+
+
 def test_a_users_style_prompts_stay_as_they_are_and_meet_every_suffix() -> None:
     concept = dataclasses.replace(VAN_GOGH, anchor_prompts=("Boats at sea.",))
     assert pairs(concept, SMALL) == (

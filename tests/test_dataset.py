@@ -56,6 +56,15 @@ def test_several_concepts_are_the_union(tiny):
     assert texts(both) == texts(alone[0]) + texts(alone[1])
 
 
+def test_what_one_concept_keeps_is_not_what_another_one_removes(emoji):
+    concepts = (Concept("rooster", "bird"), Concept("noto", "emoji", "style"))
+    settings = DatasetSettings(images=64, preserve=96)
+    plan = make_plan(concepts, [("owl", "duck"), ()], emoji.prompt_source, settings)
+    anchors = [plan.prompts[anchor] for anchor, _ in plan.rows]
+    assert len(anchors) == 2 * (64 + 96)
+    assert not [prompt for prompt in anchors if "noto" in prompt.split() or "rooster" in prompt.split()]
+
+
 def test_rows_are_what_the_sampler_draws_and_the_batch_size_does_not_matter(tiny):
     data = dataset.build(tiny, [CAT], SETTINGS)
     again = dataset.build(tiny, [CAT], replace(SETTINGS, batch=4))

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from concept_ablation.core import dataset
+from concept_ablation.core import dataset, memorized
 from concept_ablation.core.ablation import Task, ablate
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.evaluation import EvaluationSettings
 from concept_ablation.core.memorized import SearchSettings, find_anchors, paraphrases_of, write_found
 from concept_ablation.core.presets import recipe
 from concept_ablation.core.prompts import read_prompt_file
-from concept_ablation.core.samplers import SampleSettings, sample_latents
+from concept_ablation.core.samplers import SampleSettings, draw_images, sample_latents
 from concept_ablation.core.screening import Screen
 from concept_ablation.tests.test_copies import needs_weights, scene
 from concept_ablation.tests.test_leaks import Painter, Plain
@@ -54,6 +55,19 @@ def test_paraphrases_that_draw_the_image_are_removed_and_the_others_drawn_instea
     assert read_prompt_file(tmp_path / "target_prompts.txt") == found.concept.target_prompts
     write_found(tmp_path, replace(found, concept=replace(found.concept, target_prompts=())))
     assert not (tmp_path / "target_prompts.txt").exists(), "of an earlier search"
+
+
+def test_captions_are_not_chosen_by_pictures_that_an_evaluation_draws(monkeypatch):
+    drawn: set[int] = set()
+
+    def noted(denoiser, prompts, seeds, *rest, **named):
+        drawn.update(seeds)
+        return draw_images(denoiser, prompts, seeds, *rest, **named)
+
+    monkeypatch.setattr(memorized, "draw_images", noted)
+    find_anchors(Painter(), CAPTION, RED, COLOURS, ["owl parade"], SEARCH)
+    assert len(drawn) == SEARCH.images_each
+    assert not drawn & set(EvaluationSettings(seeds=1000).seed_range)
 
 
 def test_a_search_without_anchors_says_so():
@@ -128,7 +142,7 @@ def test_rows_that_stay_copies_are_left_out_and_too_few_are_refused(tmp_path):
         dataset.build(Painter(), [red], SETTINGS, screen=screen)
     # nor does a concept of which nothing is copied make up for one of which everything is
     with pytest.raises(AblationError, match="'a red one' are no copies"):
-        dataset.build(Painter(), [CONCEPT, replace(red, target="parade", anchor="a red one")], SETTINGS, screen=screen)
+        dataset.build(Painter(), [CONCEPT, replace(red, target="rooster", anchor="a red one")], SETTINGS, screen=screen)
     # images of the target are copies by design
     assert len(dataset.build(Painter(), [red], replace(SETTINGS, source="target"), screen=screen).latents) == 8
 

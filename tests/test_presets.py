@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from concept_ablation.core.closed_form import ClosedFormSettings
+from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.harvest import HarvestSettings
-from concept_ablation.core.presets import PRESETS, Recipe, recipe
+from concept_ablation.core.presets import PRESETS, TRAINED, Recipe, kind_of, recipe
 from concept_ablation.core.trainer import TrainSettings
 
 
@@ -24,6 +25,37 @@ def test_paper_preset_has_the_published_settings(tiny):
     memorized = recipe("paper", tiny, "memorized").training
     assert (memorized.subset, memorized.steps, memorized.batch, memorized.regularization) == ("full", 800, 4, 1.0)
     assert memorized.learning_rate == pytest.approx(2e-6)
+    assert memorized.flip and not memorized.cosine
+
+
+def test_several_concepts_take_so_many_times_the_steps(tiny):
+    both = [Concept("rooster", "bird"), Concept("grumpy cat", "cat")]
+    for preset in TRAINED:
+        one, two = (recipe(preset, tiny, concepts=concepts) for concepts in (both[:1], both))
+        assert two.training.steps == 2 * one.training.steps == 2 * recipe(preset, tiny).training.steps
+    assert recipe("balanced", tiny, concepts=both, training={"steps": 7}).training.steps == 7
+    assert recipe("instant", tiny, concepts=both) == recipe("instant", tiny)
+
+
+def test_the_paper_regularizes_where_the_target_has_the_anchor_in_its_name(tiny):
+    def weight(target, anchor, preset="paper", **changes):
+        return recipe(preset, tiny, concepts=[Concept(target, anchor)], **changes).training.regularization
+
+    assert weight("Grumpy Cat", "cat") == 1.0
+    assert weight("R2D2", "robot") == weight("Grumpy Cat", "cat", "balanced") == 0.0
+    assert weight("Grumpy Cat", "cat", objective="reverse-kl") == 0.0
+
+
+def test_the_kind_of_several_concepts():
+    caption = Concept("a caption", "another caption", "memorized")
+    style = Concept("Monet", "painting", "style")
+    assert kind_of("balanced", [caption, caption]) == "memorized"
+    assert kind_of("fast", [Concept("rooster", "bird"), style]) == "instance"
+    for mixed in ([caption, style], [style, caption]):
+        with pytest.raises(AblationError, match="one by one, and merge"):
+            kind_of("balanced", mixed)
+    with pytest.raises(AblationError, match="choose the preset balanced"):
+        kind_of("instant", [style, caption])
 
 
 def test_a_smaller_batch_also_means_fewer_rows_that_preserve(tiny):

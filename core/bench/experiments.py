@@ -171,10 +171,9 @@ def _several(selection: Selection) -> list[Job]:
         if len(tasks) < 2:
             continue
         joint = union(tasks)
-        method = replace(selection.base, longer=len(tasks))
         for seed in selection.seeds:
             jobs += [Job("evaluate", task, Edit((task,), selection.base, seed)) for task in tasks]
-            jobs += [Job("evaluate", task, Edit(joint, method, seed)) for task in joint]
+            jobs += [Job("evaluate", task, Edit(joint, selection.base, seed)) for task in joint]
     return jobs
 
 

@@ -107,10 +107,7 @@ class Method:
     constant_rate: bool = False
     """Keep the learning rate, so that every checkpoint of one training is what a training of that length gives."""
     steps: int | None = None
-    """Replaces the preset's number of steps, before `longer`."""
-    longer: int = 1
-    """Factor on the number of steps: several concepts in one model need more of them (section 4.3). Without effect on a
-    preset that trains nothing."""
+    """Replaces the preset's number of steps."""
     negative_guidance: float | None = None
     """Replaces the preset's."""
     ranked: bool = False
@@ -210,10 +207,11 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
         training["cosine"] = False
     if method.steps is not None:
         training["steps"] = method.steps
-    made = recipe(
+    return recipe(
         method.preset,
         denoiser,
         kind,
+        concepts=[task.concept for task in edit.tasks],
         objective=method.objective,
         subset=method.subset,
         seed=edit.seed,
@@ -221,8 +219,6 @@ def recipe_of(edit: Edit, denoiser: Denoiser, protocol: Protocol) -> Recipe:
         dataset=dict(protocol.dataset),
         negative_guidance=method.negative_guidance,
     )
-    assert made.training is not None
-    return replace(made, training=replace(made.training, steps=made.training.steps * method.longer))
 
 
 def objective_of(made: Recipe | None) -> str | None:
