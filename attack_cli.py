@@ -11,15 +11,14 @@ from rich.table import Table
 
 from .cli_console import console, progress_bars
 from .cli_options import (
-    AnchorPrompts,
-    Detector,
+    DetectorToFind,
     Device,
     JudgeOption,
     Model,
     OneAnchor,
     OneKind,
     OneTarget,
-    Original,
+    OriginalToFind,
     Output,
     Precision,
     Prediction,
@@ -27,7 +26,7 @@ from .cli_options import (
     Seed,
 )
 from .core.errors import AblationError
-from .evidence_cli import concept_of, interval_words, known_words, load_edited, read_originals, recogniser
+from .evidence_cli import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
 
 if TYPE_CHECKING:
     from .core.attack import AttackReport
@@ -51,9 +50,8 @@ def attack(
     eval_prompts: Annotated[int, typer.Option(help="Prompts that the learnt word is drawn in.")] = 4,
     eval_seeds: Annotated[int, typer.Option(help="Pictures of each of these prompts.")] = 4,
     steps: SampleSteps = 25,
-    prompts: AnchorPrompts = None,
-    original: Original = None,
-    copy_detector: Detector = None,
+    original: OriginalToFind = None,
+    copy_detector: DetectorToFind = None,
     judge: JudgeOption = None,
     seed: Seed = 0,
     device: Device = None,
@@ -73,17 +71,17 @@ def attack(
         _checkpoints(budget), learning_rate, batch, images, eval_prompts, eval_seeds, sample, seed=seed
     )
     names = _names(delta)
-    others = {name: delta_file.load(path) for name, path in zip(names[1:], delta[1:], strict=True)}
-    first, denoiser, referee = load_edited(delta[0], output, model, judge, device, precision, prediction)
-    concept = concept_of(first, target, anchor, kind, prompts)
+    edits = {name: delta_file.load(path) for name, path in zip(names, delta, strict=True)}
+    first = edits[names[0]]
+    concept = concept_of(first, target, anchor, kind)
     originals = read_originals([concept.target], concept.kind, original)
+    denoiser, referee = load_beside(first, output, model, judge, device, precision, prediction)
     instruments = load_instruments(copy_detector=copy_detector, originals=originals, device=denoiser.device)
     with progress_bars() as on_progress:
         # the judge's pictures of the target have seeds of their own, far from those of the attack
         looks = ScanSettings(sample=sample, first_seed=seed + 2_000_000)
         words = known_words(model, concept.target)
         recognise = recogniser(denoiser, referee, concept, instruments, words, looks, on_progress)
-        edits = {names[0]: first, **others}
         report = attack_score(denoiser, edits, concept, recognise, settings, on_progress=on_progress)
     path = write_attack(output, report)
     _show(report)

@@ -6,9 +6,12 @@ Arguments in, one call of `core` out, a table at the end. Exit codes: 0 done, 1 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +33,7 @@ from .cli_options import (
     EndpointModel,
     EvalPrompts,
     EvalSeeds,
+    ImagesAtOnce,
     Inception,
     JudgeOption,
     KindOption,
@@ -61,7 +65,13 @@ from .leaks_cli import leaks
 from .sweep_cli import sweep
 from .web.app import ui
 
-OUT_OF_MEMORY = "Out of memory: lower --batch, add --checkpointing, or choose a smaller subset."
+OUT_OF_MEMORY = (
+    "Out of memory: lower --images-at-once (in sample and attack --batch); in training lower --batch, add "
+    "--checkpointing, or choose a smaller subset."
+)
+
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Of a path that cannot even be looked at."""
 
 app = typer.Typer(
     help="Make a text-to-image model stop drawing a concept, and save the edit as a delta that loads like a LoRA.",
@@ -95,6 +105,7 @@ def ablate(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    images_at_once: ImagesAtOnce = 16,
     profile: Profile = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
@@ -113,11 +124,13 @@ def ablate(
     prediction: Prediction = None,
 ) -> None:
     """Remove concepts from a model: writes delta.safetensors, report.html, report.json and pictures to --output."""
-    from .core.ablation import ablate_and_report
+    from .core.ablation import ablate_and_report, check_tasks
     from .core.evaluation import EvaluationSettings
+    from .core.files import require_writable
     from .core.instruments import load_instruments
-    from .core.presets import recipe
+    from .core.presets import TRAINED, recipe
     from .core.profiling import profiled
+    from .core.subsets import check_subset
 
     originals = read_originals(target, kind, original)
     search = AnchorSearch.asked_for(target, anchor, surrounding, originals, paraphrases_file, llm_endpoint, llm_model)
@@ -128,24 +141,34 @@ def ablate(
         )
     tasks = () if search else make_tasks(target, anchor or (), kind, surrounding, prompts, target_prompts)
     evaluation = EvaluationSettings(
-        prompts=eval_prompts, seeds=eval_seeds, misspellings=misspellings, composition=composition
+        prompts=eval_prompts,
+        seeds=eval_seeds,
+        batch=images_at_once,
+        misspellings=misspellings,
+        composition=composition,
     )
-    denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
     sizes = {"steps": steps, "batch": batch, "rank": rank, "checkpointing": checkpointing or None}
     training = {**sizes, "learning_rate": learning_rate}
-    chosen = recipe(
+    drawn = {"images": images, "batch": images_at_once if preset in TRAINED else None}
+    asked = partial(
+        recipe,
         preset,
-        denoiser,
-        kind,
+        kind=kind,
         concepts=[task.concept for task in tasks],
         objective=objective,
         subset=subset,
         seed=seed,
         training={name: value for name, value in training.items() if value is not None},
-        dataset={} if images is None else {"images": images},
+        dataset={name: value for name, value in drawn.items() if value is not None},
         auto_preserve=auto_preserve,
         negative_guidance=negative_guidance,
     )
+    # what can be refused is refused before a model is loaded, or downloaded
+    check_subset(asked(denoiser=None).subset)
+    check_tasks(tasks)
+    require_writable(output)
+    denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
+    chosen = asked(denoiser=denoiser)
     measuring = {"copy_detector": copy_detector, "inception": inception, "originals": originals}
     instruments = load_instruments(**measuring, device=denoiser.device)
     with progress_bars() as bars, profiled(profile, bars, chosen.training) as on_progress:
@@ -214,8 +237,9 @@ def merge(
     from .core import delta_file
     from .core.delta import merge as add
 
-    require_safetensors(output)
-    total = add((delta_file.load(path), strength) for path, strength in map(with_strength, delta))
+    parts = [with_strength(text) for text in delta]
+    require_safetensors(output, *(path for path, _ in parts))
+    total = add((delta_file.load(path), strength) for path, strength in parts)
     delta_file.save(total, output)
     console.print(f"{output}: {len(total.layers)} layers, {output.stat().st_size / 1e6:.1f} MB")
 
@@ -230,7 +254,7 @@ def export(
     from .core import delta_file
     from .core.delta import to_lora
 
-    require_safetensors(output)
+    require_safetensors(output, delta)
     lora, kept = to_lora(delta_file.load(delta), rank)
     delta_file.save(lora, output)
     console.print(f"{output}: rank {rank}, {output.stat().st_size / 1e6:.1f} MB, {kept:.1%} of the energy kept")
@@ -268,6 +292,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # redirected in Windows it has a code page, which has no arrow and not every name of a file
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
     except AblationError as error:
@@ -281,6 +309,8 @@ def main() -> None:
             sys.exit(error.exit_code)
         if is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 2)
+        if isinstance(error, OSError) and error.errno in _NO_ACCESS and error.filename is not None:
+            _fail(f"{error.filename} cannot be used ({error.strerror}): check the path and what you may read.", 2)
         raise
     if code == 130:
         # newer typer returns this code for Ctrl-C, older raises Abort

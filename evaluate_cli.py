@@ -13,9 +13,11 @@ from .cli_options import (
     Device,
     EvalPrompts,
     EvalSeeds,
+    ImagesAtOnce,
     Inception,
     JudgeOption,
     KindOption,
+    Measured,
     Misspellings,
     Model,
     Original,
@@ -23,12 +25,11 @@ from .cli_options import (
     Precision,
     Prediction,
     Seed,
-    Surrounding,
     TargetPrompts,
     Targets,
 )
 from .cli_output import print_evaluation
-from .evidence_cli import load_edited, read_originals
+from .evidence_cli import load_beside, read_originals
 
 
 def evaluate(
@@ -38,7 +39,7 @@ def evaluate(
     output: Output,
     model: Model = None,
     kind: KindOption = "instance",
-    surrounding: Surrounding = None,
+    surrounding: Measured = None,
     prompts: AnchorPrompts = None,
     target_prompts: TargetPrompts = None,
     eval_prompts: EvalPrompts = 10,
@@ -48,6 +49,7 @@ def evaluate(
     original: Original = None,
     copy_detector: Detector = None,
     inception: Inception = None,
+    images_at_once: ImagesAtOnce = 16,
     judge: JudgeOption = None,
     seed: Seed = 0,
     device: Device = None,
@@ -55,6 +57,7 @@ def evaluate(
     prediction: Prediction = None,
 ) -> None:
     """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
+    from .core import delta_file
     from .core.ablation import report_inputs
     from .core.evaluation import EvaluationSettings
     from .core.evaluation import evaluate as measure
@@ -63,10 +66,16 @@ def evaluate(
 
     tasks = make_tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     settings = EvaluationSettings(
-        prompts=eval_prompts, seeds=eval_seeds, first_seed=seed, misspellings=misspellings, composition=composition
+        prompts=eval_prompts,
+        seeds=eval_seeds,
+        first_seed=seed,
+        batch=images_at_once,
+        misspellings=misspellings,
+        composition=composition,
     )
     originals = read_originals(target, kind, original)
-    edit, denoiser, referee = load_edited(delta, output, model, judge, device, precision, prediction)
+    edit = delta_file.load(delta)
+    denoiser, referee = load_beside(edit, output, model, judge, device, precision, prediction)
     instruments = load_instruments(
         copy_detector=copy_detector, inception=inception, originals=originals, device=denoiser.device
     )

@@ -32,29 +32,27 @@ if TYPE_CHECKING:
     from .core.statistics import Estimate
 
 
-def load_edited(
-    delta: Path,
+def load_beside(
+    edit: Delta,
     output: Path,
     model: str | None,
     judge: str | None,
     device: str | None,
     precision: str,
     prediction: str | None,
-) -> tuple[Delta, DiffusersDenoiser, Judge]:
-    """A delta, its model and the judge, with all that can be refused before any work refused.
+) -> tuple[DiffusersDenoiser, Judge]:
+    """The model of a delta and the judge, with all that can be refused before any work refused.
 
     Raises:
-        AblationError: the delta is damaged or of another model, `output` cannot be written, or as `load_denoiser`.
+        AblationError: the delta is of another model, `output` cannot be written, or as `load_denoiser`.
     """
-    from .core import delta_file
     from .core.delta import check_fits
     from .core.files import require_writable
 
-    edit = delta_file.load(delta)
     require_writable(output)
     denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
     check_fits(edit, denoiser)
-    return edit, denoiser, referee
+    return denoiser, referee
 
 
 def read_originals(targets: Sequence[str], kind: str, original: Path | None) -> dict[str, np.ndarray]:

@@ -12,14 +12,15 @@ from .cli_console import console, progress_bars
 from .cli_options import (
     AnchorPrompts,
     DeltaFile,
-    Detector,
+    DetectorToFind,
     Device,
+    ImagesAtOnce,
     JudgeOption,
     Model,
     OneAnchor,
     OneKind,
     OneTarget,
-    Original,
+    OriginalToFind,
     Output,
     Precision,
     Prediction,
@@ -27,7 +28,7 @@ from .cli_options import (
     Seed,
     TargetPrompts,
 )
-from .evidence_cli import concept_of, interval_words, known_words, load_edited, read_originals, recogniser
+from .evidence_cli import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
 
 if TYPE_CHECKING:
     from .core.leaks import LeakReport
@@ -64,8 +65,9 @@ def leaks(
     suspects: Annotated[int, typer.Option(help="Suspicious prompts that are drawn again.")] = 16,
     more_seeds: Annotated[int, typer.Option(help="Pictures of each of those, which alone decide.")] = 12,
     steps: SampleSteps = 25,
-    original: Original = None,
-    copy_detector: Detector = None,
+    images_at_once: ImagesAtOnce = 16,
+    original: OriginalToFind = None,
+    copy_detector: DetectorToFind = None,
     judge: JudgeOption = None,
     seed: Seed = 0,
     device: Device = None,
@@ -75,17 +77,20 @@ def leaks(
     """Search prompts that still reach the target in spite of a delta; writes leaks.json and a sheet for each leak."""
     from dataclasses import replace
 
+    from .core import delta_file
     from .core.instruments import load_instruments
     from .core.leak_sheets import check_feed_back, write_feed_back, write_leaks
     from .core.leaks import ScanSettings, scan
     from .core.samplers import SampleSettings
 
-    settings = ScanSettings(each, seeds, suspects, more_seeds, sample=SampleSettings(steps=steps), first_seed=seed)
+    sample = SampleSettings(steps=steps)
+    settings = ScanSettings(each, seeds, suspects, more_seeds, sample=sample, batch=images_at_once, first_seed=seed)
     if feed_back is not None:
         check_feed_back(feed_back)
-    edit, denoiser, referee = load_edited(delta, output, model, judge, device, precision, prediction)
+    edit = delta_file.load(delta)
     concept = concept_of(edit, target, anchor, kind, prompts, target_prompts)
     originals = read_originals([concept.target], concept.kind, original)
+    denoiser, referee = load_beside(edit, output, model, judge, device, precision, prediction)
     instruments = load_instruments(copy_detector=copy_detector, originals=originals, device=denoiser.device)
     known = known_words(model, concept.target)
     words = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -32,8 +33,11 @@ from .cli_options import (
 from .core.errors import AblationError
 
 if TYPE_CHECKING:
+    from .core.concept import Concept, Kind
+    from .core.denoiser import Denoiser
     from .core.hosts.diffusers import DiffusersDenoiser
     from .core.metrics import Judge
+    from .core.presets import Recipe
     from .core.sweep import Outcome
     from .core.tasks import Task
 
@@ -109,7 +113,10 @@ def sweep(
     Tasks that an earlier run has finished with the same options are skipped. Writes what ablate writes to
     OUTPUT/<task>/, and summary.json. Exit code 1 if a task failed.
     """
+    from .core.evaluation import EvaluationSettings
     from .core.files import require_writable, write_json
+    from .core.hosts.diffusers import require_model
+    from .core.subsets import check_subset
     from .core.sweep import SUMMARY_FILE, Resources, run_in_order, run_on_ray, summary
     from .core.tasks import load_tasks
 
@@ -134,6 +141,10 @@ def sweep(
         eval_seeds=eval_seeds,
         seed=seed,
     )
+    for kind in dict.fromkeys(task.concept.kind for task in listed.tasks):
+        check_subset(_recipe(options, None, kind).subset)
+    EvaluationSettings(prompts=eval_prompts, seeds=eval_seeds)
+    require_model(options.model)
     output = output.resolve()
     require_writable(output)
     # the machine may change between two runs of a sweep, what is asked for may not
@@ -176,14 +187,21 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
     from .core.ablation import Task as Ablation
     from .core.ablation import ablate_and_report
     from .core.evaluation import EvaluationSettings
-    from .core.presets import recipe
 
     denoiser, judge = _loaded(options.model, options.judge, options.device, options.precision, options.prediction)
-    chosen = recipe(
+    chosen = _recipe(options, denoiser, task.concept.kind, [task.concept])
+    evaluation = EvaluationSettings(prompts=options.eval_prompts, seeds=options.eval_seeds)
+    ablate_and_report(denoiser, (Ablation(task.concept, task.surrounding),), chosen, judge, evaluation, folder)
+
+
+def _recipe(options: Options, denoiser: Denoiser | None, kind: Kind, concepts: Sequence[Concept] = ()) -> Recipe:
+    from .core.presets import recipe
+
+    return recipe(
         options.preset,
         denoiser,
-        task.concept.kind,
-        concepts=[task.concept],
+        kind,
+        concepts=concepts,
         objective=options.objective,
         subset=options.subset,
         seed=options.seed,
@@ -192,8 +210,6 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
         auto_preserve=options.auto_preserve,
         negative_guidance=options.negative_guidance,
     )
-    evaluation = EvaluationSettings(prompts=options.eval_prompts, seeds=options.eval_seeds)
-    ablate_and_report(denoiser, (Ablation(task.concept, task.surrounding),), chosen, judge, evaluation, folder)
 
 
 @lru_cache(maxsize=1)

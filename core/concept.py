@@ -318,8 +318,9 @@ def _check_texts(concept: Concept) -> None:
         if len(text) > limit:
             raise AblationError(f"The {what} has {len(text)} characters; use at most {limit:,}.")
     for text in (concept.target, concept.anchor, *concept.anchor_prompts, *concept.target_prompts):
-        if any(unicodedata.category(character) == "Cc" for character in text):
-            raise AblationError(f"The text {text!r} contains a control character; remove it.")
+        # lone surrogates are what Python makes of bytes that are no UTF-8
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+            raise AblationError(f"The text {text!r} contains a control character or one that is no text; remove it.")
     if _same(concept.target, concept.anchor):
         raise AblationError(f"The target and the anchor are both {concept.target!r}; choose another anchor.")
 

@@ -21,9 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because writers choose their format by it.
 
     Raises:
-        AblationError: the folder cannot be written, or the disk is full.
+        AblationError: the folder cannot be written, the disk is full, or the file that is there cannot be replaced.
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    whole = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -31,12 +32,20 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         # safetensors makes files that only their owner can read; other programs are meant to load these
         temporary.chmod(mode)
+        whole = not path.is_dir()
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        if whole:
+            # perhaps the work of hours, and Windows lets nobody replace a file that a program has open
+            raise AblationError(
+                f"Cannot replace {path} ({getattr(error, 'strerror', error)}): close the programs that use it; what "
+                f"was made is in {temporary}."
+            ) from error
         raise AblationError(_explain(path, error)) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not whole:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,11 +66,15 @@ def require_writable(directory: Path) -> None:
     Raises:
         AblationError: it cannot be created or written.
     """
-    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    probe = directory / ".write-probe"
+    probe, missing = directory / ".write-probe", []
     try:
+        missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+        if directory.is_file():
+            raise AblationError(f"{directory} is a file: choose a folder.")
         with replacing(probe) as temporary:
             temporary.write_bytes(b"")
+    except OSError as error:
+        raise AblationError(_explain(directory, error)) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .errors import AblationError
-from .files import replacing, write_text
+from .files import replacing, require_writable, write_text
 from .leaks import LeakReport, contact_sheet, further_target_prompts, write_leak_report
 from .memorized import as_lines, target_prompt_lines
 
@@ -57,6 +57,7 @@ def feed_back_lines(report: LeakReport) -> tuple[str, ...]:
 
 
 def check_feed_back(path: Path) -> None:
-    """Raise AblationError unless `path` can be a text file."""
+    """Raise AblationError unless `path` can be written as a text file."""
     if path.is_dir():
         raise AblationError(f"{path} is a folder: give the name of a text file for the prompts that were found.")
+    require_writable(path.parent)

@@ -129,7 +129,7 @@ def kind_of(preset: str, concepts: Sequence[Concept]) -> Kind:
 
 def recipe(
     preset: str,
-    denoiser: Denoiser,
+    denoiser: Denoiser | None,
     kind: Kind = "instance",
     *,
     concepts: Sequence[Concept] = (),
@@ -145,7 +145,7 @@ def recipe(
 
     Args:
         preset: a name in `PRESETS`.
-        denoiser: the model, for its learning rate scales.
+        denoiser: the model, for its learning rate scales; None only to see whether the settings are in order.
         kind: what is ablated.
         concepts: what goes into the delta, where that is known. The preset's number of steps is for each of them
             (section 4.3 of the paper), and `paper` regularizes where a target's name has its anchor's in it, as the
@@ -180,8 +180,9 @@ def recipe(
             f"The preset '{preset}' trains on harvested rows, which serve the objective 'model' only: leave the "
             "objective out, or choose the preset balanced."
         )
-    scale = denoiser.learning_rate_scales.get(made.training.subset, denoiser.learning_rate_scale)
-    rate = made.training.learning_rate * scale
+    rate = made.training.learning_rate
+    if denoiser is not None:
+        rate *= denoiser.learning_rate_scales.get(made.training.subset, denoiser.learning_rate_scale)
     distance = _DISTANCE_WEIGHT if made.training.objective == "loss-max" else 0.0
     steps = made.training.steps * max(1, len(concepts))
     train = replace(made.training, seed=seed, learning_rate=rate, distance_weight=distance, steps=steps)

@@ -42,7 +42,8 @@ def claim(directory: Path | None, manifest: Mapping[str, Any]) -> None:
     if directory is None or not current().first:
         return
     found = read_manifest(directory)
-    if found is None:
+    if found is None or not any(directory.glob("shard-*")):
+        # nothing was drawn for the manifest that may be there: the first batch did not fit into memory, say
         write_json(directory / _MANIFEST, as_stored(manifest))
     elif {**found, "setup": found.get("setup", manifest.get("setup"))} != as_stored(manifest):
         # a folder of before setups were written down may be gone on with, too

@@ -39,14 +39,19 @@ NOT_LINEAR = ("embedding", "full")
 """Subsets with other layers than linear ones, which cannot be trained as factors of a given rank."""
 
 
+def check_subset(subset: str) -> None:
+    """Raise AblationError if there is no such subset."""
+    if subset not in SUBSETS:
+        raise AblationError(f"There is no subset '{subset}': choose one of {', '.join(SUBSETS)}.")
+
+
 def select(subset: str, denoiser: Denoiser) -> dict[str, nn.Module]:
     """The layers of `subset`, by name, in the model's order.
 
     Raises:
         AblationError: no such subset, or the model's architecture has none of its layers.
     """
-    if subset not in SUBSETS:
-        raise AblationError(f"There is no subset '{subset}': choose one of {', '.join(SUBSETS)}.")
+    check_subset(subset)
     pattern = re.compile(_TOKEN_EMBEDDING if subset == "embedding" else _PATTERNS[denoiser.architecture][subset])
     layers = {name: module for name, module in denoiser.layers.items() if pattern.fullmatch(name)}
     if not layers:

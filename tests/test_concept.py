@@ -58,6 +58,7 @@ def test_texts_are_collapsed_and_blank_or_repeated_prompts_dropped() -> None:
         ({"target": "T\x00m", "anchor": "cat"}, "control character"),
         ({"target": "Tom", "anchor": "cat\x7f"}, "control character"),
         ({"target": "Tom", "anchor": "cat", "anchor_prompts": ("a \x1bcat",)}, "control character"),
+        ({"target": "\udcff", "anchor": "cat"}, "one that is no text"),
         ({"target": "x" * 301, "anchor": "cat"}, "301 characters; use at most 300"),
         ({"target": "Monet", "anchor": "p" * 301, "kind": "style"}, "301 characters; use at most 300"),
         ({"target": "x" * 1001, "anchor": "cat", "kind": "memorized"}, "1001 characters; use at most 1,000"),

@@ -45,10 +45,35 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_made_stays_where_the_old_file_cannot_be_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "delta.safetensors"
+    path.write_bytes(b"old")
+
+    def in_use(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", in_use)
+    said = r"close the programs that use it.*\.part\.safetensors"
+    with pytest.raises(AblationError, match=said), replacing(path) as temporary:
+        temporary.write_bytes(b"hours of work")
+    assert path.read_bytes() == b"old" and temporary.read_bytes() == b"hours of work"
+
+
+def test_a_folder_where_the_file_should_be_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(AblationError, match="Cannot write"):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_file_where_the_folder_should_be(tmp_path):
     write_text(tmp_path / "file", "")
+    with pytest.raises(AblationError, match="is a file: choose a folder"):
+        require_writable(tmp_path / "file")
     with pytest.raises(AblationError, match="Cannot write"):
         require_writable(tmp_path / "file" / "folder")
+    with pytest.raises(AblationError, match="Cannot write"):
+        require_writable(tmp_path / ("a" * 300))
     require_writable(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
