@@ -43,7 +43,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from job_store import FOLDER, ROOT, JobStore, environment
+from job_store import FOLDER, RESULTS, JobStore, environment
 from measuring import Hits, accuracy, costs, hits, only, plain
 
 from concept_ablation.core.ablation import Task as Ablated
@@ -62,7 +62,6 @@ from concept_ablation.core.prompts import development
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.tasks import Task, load_tasks
 
-RESULTS = ROOT / "benchmarks" / "results"
 TASKS = Path(__file__).with_name("development_tasks.toml")
 FIRST_SEED = 1000
 MARGIN = 0.05

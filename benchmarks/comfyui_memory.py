@@ -4,7 +4,7 @@
     python benchmarks/comfyui_memory.py
 
 The weights are random, which memory does not mind; 512 x 512 pixels, cross-attention keys and values, on the CPU. Each
-case is a process of its own. Writes results/comfyui_memory.json.
+case is a process of its own. Writes results/comfyui_memory.json, or with another --batch the same below outputs/.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import time
 from pathlib import Path
 
 import torch
+from job_store import ROOT, results_folder
 from safetensors.torch import save_file
 
 from concept_ablation.core.files import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = Path(__file__).parent / "results" / "comfyui_memory.json"
 STEPS = 2
 
 
@@ -46,7 +45,8 @@ def main() -> None:
         cases = {case: run_inside(options, case, checkpoint) for case in ("plain", "checkpointing")}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, ComfyUI on the CPU"
     write_json(
-        RESULT, {"tasks": list(cases), "batch": options.batch, "steps": STEPS, "machine": machine, "cases": cases}
+        results_folder(parser, options, free=("comfyui",)) / "comfyui_memory.json",
+        {"tasks": list(cases), "batch": options.batch, "steps": STEPS, "machine": machine, "cases": cases},
     )
     print(json.dumps(cases, indent=2))
 

@@ -6,12 +6,13 @@ the commit. Change one of them and it is done again; results of other inputs sta
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from concept_ablation.core.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "benchmarks"
 """Where the programs keep their jobs; not part of the repository."""
+RESULTS = ROOT / "benchmarks" / "results"
+"""What is published."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class JobStore:
         result = work()
         write_json(path, {"name": name, "inputs": dict(inputs), "result": result})
         return result
+
+
+def results_folder(parser: argparse.ArgumentParser, options: argparse.Namespace, free: Collection[str] = ()) -> Path:
+    """Where a program writes its results: to what is published if every option has its default, else below outputs/.
+
+    Args:
+        parser: of the program.
+        options: what it was given; --tiny has a folder of its own.
+        free: options that take nothing away from the results.
+    """
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)} - set(free)
+    return RESULTS if not given else FOLDER / "tiny" if "tiny" in given else FOLDER
 
 
 def environment() -> dict[str, Any]:

@@ -3,19 +3,22 @@
 For each number of concepts, out of those that the embedded model's ablation_hints.json knows (each anchored on its
 category), one delta is made in four ways:
 
-closed form          one least-squares problem for all (core/closed_form.py): one factorization for all layers
+closed form          the preset `instant`: one least-squares problem for all, one factorization for all layers
 merged closed forms  one problem for each concept, the solutions added up
 union                one training on the rows of all concepts, with --union-steps times the steps of one
 merged               one training for each concept, the deltas added up
 
 CLIP accuracy on held-out prompts, with 95 % intervals over concepts: of the targets, and of `--others` concepts that
-nobody named (the interference: their change). These are the same for every number of concepts, of any category: the
-more concepts, the more of them have a category in common with one. Finished jobs are kept (job_store.py), so that a run
-that was stopped goes on, and a larger number of concepts uses the single deltas of a smaller one.
+nobody named (the interference: their change), though `instant` may preserve some of them, among the neighbours that it
+chooses itself. These are the same for every number of concepts, of any category: the more concepts, the more of them
+have a category in common with one. Finished jobs are kept (job_store.py), so that a run that was stopped goes on, and a
+larger number of concepts uses the single deltas of a smaller one.
 
     python benchmarks/many_concepts.py                             1, 10, 30 and 100 concepts
     python benchmarks/many_concepts.py --concepts 10 --methods "closed form" union
-    python benchmarks/many_concepts.py --tiny                      to see that it runs; writes below outputs/ only
+    python benchmarks/many_concepts.py --tiny                      to see that it runs
+
+With any option, results are written below outputs/ and not published.
 """
 
 from __future__ import annotations
@@ -29,12 +32,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from job_store import FOLDER, ROOT, JobStore, environment
+from job_store import FOLDER, JobStore, environment, results_folder
 from measuring import hits, plain
 
 from concept_ablation.core import delta_file
 from concept_ablation.core.ablation import Task, ablate, check_tasks
-from concept_ablation.core.closed_form import ClosedFormSettings, edit
 from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.delta import Delta, merge
 from concept_ablation.core.denoiser import Denoiser
@@ -47,7 +49,6 @@ from concept_ablation.core.presets import recipe
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.statistics import difference_interval, mean_interval
 
-RESULTS = ROOT / "benchmarks" / "results" / "many_concepts.json"
 METHODS = ("closed form", "merged closed forms", "union", "merged")
 SEED = 7
 _GROUPS = ("targets", "others")
@@ -61,7 +62,7 @@ class Sizes:
         preset: trains the deltas of "union" and "merged".
         training, dataset: what is replaced in it.
         union_steps: steps of "union" per concept, as a share of one concept's.
-        closed_form: of both closed forms.
+        closed_form: what is replaced in `instant`, which makes both closed forms.
         most: the largest number of concepts; the others are preserved or measured.
         neighbours: names that each ablation is told to preserve, if there are so many of its category.
         others: names that are measured and that no ablation was told of.
@@ -72,7 +73,7 @@ class Sizes:
     training: Mapping[str, Any] = field(default_factory=dict)
     dataset: Mapping[str, Any] = field(default_factory=dict)
     union_steps: float = 0.5
-    closed_form: ClosedFormSettings = field(default_factory=ClosedFormSettings)
+    closed_form: Mapping[str, Any] = field(default_factory=dict)
     most: int = 100
     neighbours: int = 3
     others: int = 30
@@ -84,7 +85,7 @@ class Sizes:
 TINY = Sizes(
     training={"steps": 2, "batch": 4},
     dataset={"images": 2, "preserve": 2, "sample": SampleSettings(steps=2)},
-    closed_form=ClosedFormSettings(prompts=2, preserve_prompts=2),
+    closed_form={"prompts": 2, "preserve_prompts": 2},
     neighbours=1,
     others=2,
     evaluation=EvaluationSettings(prompts=1, seeds=1, sample=SampleSettings(steps=2)),
@@ -171,8 +172,10 @@ class Bench:
 
     def _edit(self, method: str, tasks: Sequence[Task], denoiser: Denoiser) -> Delta:
         if method == "closed form":
-            concepts, near = [task.concept for task in tasks], [task.surrounding for task in tasks]
-            return edit(denoiser, concepts, self.sizes.closed_form, surrounding=near)
+            made = recipe("instant", denoiser)
+            assert made.closed_form is not None
+            made = replace(made, closed_form=replace(made.closed_form, **self.sizes.closed_form))
+            return ablate(denoiser, tasks, made).delta
         made = recipe(self.sizes.preset, denoiser, training=dict(self.sizes.training), dataset=dict(self.sizes.dataset))
         if made.training is None:
             raise AblationError(f"The preset '{self.sizes.preset}' trains nothing: choose another one for --preset.")
@@ -241,7 +244,6 @@ def main() -> None:
     if options.others is not None:
         sizes = replace(sizes, others=options.others)
     folder = FOLDER / "tiny" if options.tiny else FOLDER
-    results = folder / "many_concepts.json" if options.tiny else RESULTS
     machine = environment()
     key = {"environment": machine, "model": load_denoiser().fingerprint()}
     bench = Bench(load_denoiser, Judge.load(), sizes, JobStore(folder / "many_concepts"), key)
@@ -250,7 +252,9 @@ def main() -> None:
     for row in measure(bench, load_hints(EMBEDDED_MODEL).categories, counts, options.methods):
         rows.append(row)
         print(_line(row), flush=True)
-        write_json(results, {"environment": machine, "sizes": bench._inputs(None, ())["sizes"], "tasks": rows})
+    # only now: what was published stays whole until there is something whole in its place
+    results = results_folder(parser, options) / "many_concepts.json"
+    write_json(results, {"environment": machine, "sizes": bench._inputs(None, ())["sizes"], "tasks": rows})
 
 
 if __name__ == "__main__":

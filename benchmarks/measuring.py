@@ -17,7 +17,7 @@ from concept_ablation.core.evaluation import EvaluationSettings, Job, draw
 from concept_ablation.core.merged import merged
 from concept_ablation.core.metrics import Judge, clip_hits
 from concept_ablation.core.phases import Phase
-from concept_ablation.core.statistics import Estimate, difference_interval, share_interval
+from concept_ablation.core.statistics import Estimate, share_difference, share_interval
 
 Hits = Mapping[str, Sequence[Sequence[int]]]
 """For each concept [prompts, seeds]: 1 where the judge takes the picture for the concept and not for its anchor."""
@@ -46,7 +46,7 @@ def accuracy(*found: Hits) -> Estimate:
 
 def accuracy_change(first: Sequence[Hits], second: Sequence[Hits]) -> Estimate:
     """Accuracy of `second` minus that of `first`: the same concepts, prompts and seeds under another edit."""
-    return difference_interval(_flat(first), _flat(second), _prompts(first))
+    return share_difference(_flat(first), _flat(second), _prompts(first))
 
 
 def only(found: Hits, names: Sequence[str]) -> Hits:

@@ -2,9 +2,9 @@
 
     python benchmarks/publish_bench.py outputs/bench
 
-writes results/bench.json, results/bench/*.png, results/bench/jobs.jsonl (every measurement as it was made), all tables
-into benchmarks/README.md, and goals, claims and the main table into README.md. What stands between the markers is
-replaced; a file without them gets a section at its end.
+writes results/bench.json, results/bench/*.png, results/bench/jobs.jsonl (every measurement that results.json is made
+of, as it was made), all tables into benchmarks/README.md, and goals, claims and the main table into README.md. What
+stands between the markers is replaced; a file without them gets a section at its end.
 
     python benchmarks/publish_bench.py outputs/bench --restore
 
@@ -24,7 +24,8 @@ from typing import Any
 import marked
 
 from concept_ablation.core.bench.store import Store
-from concept_ablation.core.bench.tables import conclusions, evaluations, is_default, markdown, provenance
+from concept_ablation.core.bench.tables import conclusions, evaluations, is_default, main_judge, markdown, provenance
+from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import replacing, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,12 +44,11 @@ def section(results: dict[str, Any], plots: list[Path], base: Path) -> str:
 
 def summary(results: dict[str, Any], plots: list[Path], base: Path) -> str:
     """Goals, what was decided of the claims, and the default method's table: for README.md."""
-    judge = results["settings"]["judges"][0]
     rows = [row for row in results["tasks"] if is_default(results, row)]
     claims = [claim for claim in results["claims"] if claim["verdict"] != "not measured"]
     parts = [conclusions(results["goals"]), *([conclusions(claims)] if claims else [])]
     if rows:
-        parts.append(evaluations(rows, judge))
+        parts.append(evaluations(rows, main_judge(results)))
     parts += [picture(plot, base) for plot in plots if plot.stem in README_PLOTS]
     return "\n\n".join([*parts, f"*{provenance(results)}*"])
 
@@ -59,9 +59,14 @@ def picture(plot: Path, base: Path) -> str:
 
 
 def publish(output: Path, root: Path = ROOT) -> None:
-    """Copy the results of the benchmark in `output` into the repository at `root`."""
+    """Copy the results of the benchmark in `output` into the repository at `root`.
+
+    Raises:
+        AblationError: results.json is of an older version, or a measurement that it is made of has gone.
+    """
     folder = root / "benchmarks" / "results"
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    jobs = _jobs(output, results)
     drawn = sorted((output / "plots").glob("*.png"))
     plots = [folder / "bench" / plot.name for plot in drawn]
     # all text is made before anything is written: results of another version would leave half of each
@@ -78,10 +83,20 @@ def publish(output: Path, root: Path = ROOT) -> None:
     for plot, path in zip(drawn, plots, strict=True):
         with replacing(path) as temporary:
             shutil.copyfile(plot, temporary)
-    lines = [json.dumps(job, ensure_ascii=False) for job in Store(output).results()]
-    write_text(folder / "bench" / JOBS, "".join(f"{line}\n" for line in lines))
+    write_text(folder / "bench" / JOBS, "".join(f"{json.dumps(job, ensure_ascii=False)}\n" for job in jobs))
     for path, text, heading in texts:
         marked.put(path, MARKERS, text, heading)
+
+
+def _jobs(output: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements that results.json is made of; others in the folder may be of settings that were given up."""
+    found = [Store(output).result(key) for key in results.get("keys", ())]
+    if not found or None in found:
+        raise AblationError(
+            f"{output / 'results.json'} does not name its measurements, or some have gone: write it again with "
+            "`concept-ablation bench --report` and the options that it was made with."
+        )
+    return found
 
 
 def restore(output: Path, root: Path = ROOT) -> int:

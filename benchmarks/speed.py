@@ -11,8 +11,10 @@ step   One training step on a model of Stable Diffusion 1.5's size (speed_refere
 
     python benchmarks/speed.py                  both; writes results/speed.json and .png, tables of the READMEs
     python benchmarks/speed.py --only step      one of them; the other's figures stay if they are of the same code
-    python benchmarks/speed.py --tasks strawberry --repeats 1   to see how long it takes; writes below outputs/ only
-    python benchmarks/speed.py --tiny           a minute, to see that it runs; writes below outputs/ only
+    python benchmarks/speed.py --tasks strawberry --repeats 1   to see how long it takes
+    python benchmarks/speed.py --tiny           a minute, to see that it runs
+
+With any other option than --only and --report, results are written below outputs/ and not published.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 
 import speed_reference
 import speed_report
-from job_store import FOLDER, ROOT, JobStore, environment
+from job_store import FOLDER, RESULTS, ROOT, JobStore, environment, results_folder
 from measuring import Hits, accuracy, accuracy_change, only, plain
 from speed_presets import TINY, Bench, Sizes
 
@@ -39,7 +41,6 @@ from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.tasks import Task, load_tasks
 
-RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 TASKS = Path(__file__).with_name("speed_tasks.toml")
 PRESETS = ("instant", "fast", "balanced", "paper")
 SLOW = ("balanced", "paper")
@@ -277,8 +278,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only make the plot and the table from the results")
     options = parser.parse_args()
     folder = FOLDER / "tiny" if options.tiny else FOLDER
-    part = options.tiny or options.tasks or options.presets != list(PRESETS)
-    results = folder / "speed.json" if part else RESULTS
+    results = results_folder(parser, options, free=("only", "report")) / "speed.json"
     if not options.report:
         store, machine = JobStore(folder / "speed"), environment()
         parts: dict[str, dict[str, Any]] = {}
@@ -299,10 +299,10 @@ def main() -> None:
     print(json.dumps(found["ratios"], indent=2))
     if found["tasks"]:
         speed_report.write_plot(found, results.with_suffix(".png"))
-        if part:
-            print(speed_report.section(found))
-        else:
+        if results.parent == RESULTS:
             speed_report.publish(found, ROOT)
+        else:
+            print(speed_report.section(found))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ Only what reaches the network through cross-attention is edited: SDXL's pooled t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .concept import Concept, pairs, preservation_prompts
 from .delta import Delta, LayerDelta
-from .delta_header import delta_header
 from .denoiser import Denoiser
 from .errors import AblationError
 from .losses import guided_away
@@ -130,27 +128,6 @@ def solve(terms: Iterable[Term], ridge: float) -> Tensor:
     if failed:
         raise AblationError(f"The closed form has no solution with a ridge of {ridge:g}: give a larger one.")
     return torch.cholesky_solve(moment.T, factor).T
-
-
-def edit(
-    denoiser: Denoiser,
-    concepts: Sequence[Concept],
-    settings: ClosedFormSettings | None = None,
-    *,
-    surrounding: Sequence[Sequence[str]] | None = None,
-    generic: Sequence[str] = (),
-    on_progress: ProgressCallback | None = None,
-) -> Delta:
-    """The closed-form edit with its file header; otherwise as `solution`."""
-    settings = settings or ClosedFormSettings()
-    delta = solution(denoiser, concepts, settings, surrounding=surrounding, generic=generic, on_progress=on_progress)
-    made = {
-        "objective": "closed-form",
-        "subset": settings.subset,
-        "steps": 0,
-        "settings": json.dumps({"closed_form": asdict(settings)}),
-    }
-    return Delta(delta.layers, delta_header(denoiser, concepts, denoiser.fingerprint(), made))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from .concept import Concept, pairs
 from .errors import AblationError
 from .metrics import Judge
 from .prompts import PromptSource, distinct, fill, normalise, replace_noun, says, word_pattern
-from .statistics import Estimate, difference_interval, mean_interval, share_interval
+from .statistics import Estimate, mean_interval, share_difference, share_interval
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
 """A word group for prompts such as "on a red background"."""
@@ -42,6 +42,8 @@ _FRAMES = {
     "style": "a picture of a {{}} in the style of {word}",
 }
 _NAMED_STYLE = re.compile(r"(?:in the style of|\bby) ([\w-]+)$|, ([\w-]+) style\b")
+_COMPOSED_EACH = 4
+"""Most composed prompts of a group."""
 _BORDER_SHARE = 32
 """The border is one such part of the shorter side wide, and at least a pixel."""
 
@@ -142,9 +144,9 @@ def word_groups(source: PromptSource, concept: Concept) -> dict[str, tuple[str, 
     return {group: words for group, words in free.items() if len(words) > 1}
 
 
-def composed_prompts(name: str, concept: Concept, source: PromptSource, each: int = 4) -> tuple[str, ...]:
-    """Prompts that ask for `name` (the target or the anchor) in a colour, at a place, in a size or in a style: `each`
-    of a group at most, none of them a training prompt. None for a memorized image, whose caption is the whole of it.
+def composed_prompts(name: str, concept: Concept, source: PromptSource) -> tuple[str, ...]:
+    """Prompts that ask for `name` (the target or the anchor) in a colour, at a place, in a size or in a style: four of
+    a group at most, none of them a training prompt. None for a memorized image, whose caption is the whole of it.
 
     The i-th prompts of two names differ in the name only, but for those that one of them was trained on.
     """
@@ -157,7 +159,7 @@ def composed_prompts(name: str, concept: Concept, source: PromptSource, each: in
     made = []
     for group, words in word_groups(source, concept).items():
         texts = (fill(_FRAMES[group].format(word=word), noun) + tail for word in words)
-        made += [text for text in texts if normalise(text) not in trained][:each]
+        made += [text for text in texts if normalise(text) not in trained][:_COMPOSED_EACH]
     return tuple(made)
 
 
@@ -228,7 +230,7 @@ def _obeyed(
     return WordsObeyed(
         share_interval(first, groups),
         share_interval(second, groups),
-        difference_interval(first.astype(float), second.astype(float), groups),
+        share_difference(first, second, groups),
         len(rows),
     )
 

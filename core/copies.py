@@ -75,10 +75,6 @@ class CopyDetector:
         """Cosine of each of N `images` with each of M `originals`, fp32 [N, M], 1 for the same picture."""
         return self.embed(images) @ self.embed(originals).t()
 
-    def copy_rate(self, images: np.ndarray, originals: np.ndarray, threshold: float = COPY_THRESHOLD) -> float:
-        """Share of `images` that are a copy of any of `originals`, in [0, 1]."""
-        return float(copies(self.similarities(images, originals), threshold).mean())
-
 
 def copies(similarities: Tensor, threshold: float = COPY_THRESHOLD) -> np.ndarray:
     """Which pictures are a copy of any original, bool [N], from `CopyDetector.similarities` [N, M]."""

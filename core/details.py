@@ -15,7 +15,7 @@ from .copies import copies
 from .instruments import Instruments
 from .kid import Kid, kid, spherical
 from .metrics import clip_hits, clip_scores
-from .statistics import Estimate, difference_interval, mean_interval, share_interval
+from .statistics import Estimate, difference_interval, mean_interval, share_difference, share_interval
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure(before: Tensor, after: Tensor, concept: Tensor, other: Tensor, promp
     return ConceptDetails(
         accuracy_before=share_interval(hits[0], groups),
         accuracy_after=share_interval(hits[1], groups),
-        accuracy_change=difference_interval(*hits, groups),
+        accuracy_change=share_difference(*hits, groups),
         score_before=mean_interval(scores[0], groups),
         score_after=mean_interval(scores[1], groups),
         score_change=difference_interval(*scores, groups),
@@ -114,7 +114,7 @@ def copy_details(before: Tensor, after: Tensor, groups: np.ndarray) -> CopyDetai
     return CopyDetails(
         rate_before=share_interval(hits[0], groups),
         rate_after=share_interval(hits[1], groups),
-        rate_change=difference_interval(*(hit.astype(float) for hit in hits), groups),
+        rate_change=share_difference(*hits, groups),
         similarity_before=mean_interval(nearest[0], groups),
         similarity_after=mean_interval(nearest[1], groups),
     )
@@ -127,4 +127,4 @@ def _distance(before: Tensor, after: Tensor, groups: np.ndarray) -> Kid:
 def _kid(before: Tensor, after: Tensor, groups: np.ndarray) -> Kid:
     if len(before) < 2:
         return Kid(float("nan"), float("nan"))
-    return kid(before, after, groups, paired=True)
+    return kid(before, after, groups)

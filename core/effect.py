@@ -109,6 +109,7 @@ class ClipEffect:
         return ClipFigures(sum(falls) / len(falls), sum(near) / len(near) if near else None)
 
     def kept(self, delta: Delta) -> float:
+        """The smaller one of the shares of the reference's fall and surrounding accuracy that `delta` has."""
         return self.measure(delta, f"Drawing with rank {delta.metadata.get('concept_ablation.rank', '?')}").share_of(
             self.figures
         )
@@ -164,6 +165,7 @@ class OutputEffect:
             raise AblationError("The edit does not change what the network predicts, so there is no effect to keep.")
 
     def kept(self, delta: Delta) -> float:
+        """1 - |d - d_reference| / |d_reference - d_without|, with d of `delta`."""
         return 1 - float((self._outputs(delta) - self._whole).norm() / self._change)
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Kernel Inception distance: how far the pictures of one model are from those of another, as sets.
+"""Kernel distance (KID): how far the pictures after an edit lie from those before it, as sets.
 
 The squared maximum mean discrepancy of two sets of features under the kernel k(x, y) = (x·y / D + 1)³, with the
-unbiased estimator (Binkowski et al., "Demystifying MMD GANs", ICLR 2018, https://arxiv.org/abs/1801.01401; Gretton et
-al., "A Kernel Two-Sample Test", JMLR 2012, equations 3 and 4). What the features are is open: `clip_features`,
-`copy_features` and `inception_features` make them from pictures. Figures of different features cannot be compared.
+unbiased estimator for pairs (Binkowski et al., "Demystifying MMD GANs", ICLR 2018, https://arxiv.org/abs/1801.01401;
+Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equation 4). What the features are is open: a network's
+embeddings (`spherical`) or `inception_features`. Figures of different features cannot be compared.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .copies import CopyDetector
 from .errors import AblationError
-from .metrics import Judge
-from .statistics import Estimate, Groups, group_index
+from .statistics import Groups, group_index
 
 Features = Callable[[np.ndarray], Tensor]
 """Pictures, uint8 [N, height, width, 3] -> features [N, D]."""
@@ -38,11 +36,6 @@ class Kid:
     value: float
     standard_error: float
     """NaN where there are too few blocks to tell."""
-
-    @property
-    def interval(self) -> Estimate:
-        """The value with its normal 95 % interval."""
-        return Estimate(self.value, self.value - 1.96 * self.standard_error, self.value + 1.96 * self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -61,62 +54,35 @@ class _Sums:
         return self.by_row.sum() - self.by_row - self.by_column + self.inside
 
 
-def kid(
-    first: Tensor,
-    second: Tensor,
-    groups: Groups | None = None,
-    *,
-    second_groups: Groups | None = None,
-    paired: bool = False,
-) -> Kid:
+def kid(first: Tensor, second: Tensor, groups: Groups) -> Kid:
     """The distance of two sets of features, from all pairs of rows.
+
+    The i-th rows come from the same prompt and seed. They depend on each other and are not compared: an edit that
+    changes nothing would have a distance below 0.
 
     The standard error is the block jackknife's: the distance without each block in turn (Efron and Stein 1981). It is
     too large rather than too small where the distributions are nearly equal.
 
     Args:
         first: features [N >= 2, D].
-        second: features [M >= 2, D].
-        groups: what each row of `first` (and, when paired, of `second`) belongs to, such as its prompt: one block. Left
-            out, every row, or every pair of rows, is a block.
-        second_groups: the same for `second` when not paired. A label that both sets have is one block.
-        paired: whether the i-th rows come from the same prompt and seed, so that M = N. Such rows depend on each other
-            and are not compared; without this, an edit that changes nothing would have a distance below 0.
+        second: features [N, D].
+        groups: what the i-th rows belong to, such as their prompt, [N]: one block.
 
     Raises:
         ValueError: shapes or groups that do not fit.
     """
     x, y = (features.detach().to("cpu", torch.float64) for features in (first, second))
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"features must be [N >= 2, D] and [M >= 2, D], not {tuple(x.shape)} and {tuple(y.shape)}")
-    rows, columns, count = _blocks(len(x), len(y), groups, second_groups, paired)
-    n, m = (torch.bincount(index, minlength=count) for index in (rows, columns))
-    parts = (
-        (_sums(x, x, rows, rows, count, diagonal=False), n, n, True),
-        (_sums(y, y, columns, columns, count, diagonal=False), m, m, True),
-        (_sums(x, y, rows, columns, count, diagonal=not paired), n, m, paired),
-    )
-    whole = sum(
-        sign * part.by_row.sum() / _pairs(one.sum(), other.sum(), without_diagonal)
-        for sign, (part, one, other, without_diagonal) in zip((1, 1, -2), parts, strict=True)
-    )
-    left = sum(
-        sign * part.without() / _pairs(one.sum() - one, other.sum() - other, without_diagonal)
-        for sign, (part, one, other, without_diagonal) in zip((1, 1, -2), parts, strict=True)
-    )
+    if x.ndim != 2 or x.shape != y.shape or len(x) < 2:
+        raise ValueError(f"features must be [N >= 2, D] both, not {tuple(x.shape)} and {tuple(y.shape)}")
+    blocks = torch.from_numpy(group_index(groups, len(x)))
+    sizes = torch.bincount(blocks)
+    count = len(sizes)
+    signed = ((1, _sums(x, x, blocks, count)), (1, _sums(y, y, blocks, count)), (-2, _sums(x, y, blocks, count)))
+    whole = sum(sign * part.by_row.sum() / _pairs(sizes.sum()) for sign, part in signed)
+    left = sum(sign * part.without() / _pairs(sizes.sum() - sizes) for sign, part in signed)
     if count < 2 or not bool(torch.isfinite(left).all()):
         return Kid(float(whole), math.nan)
     return Kid(float(whole), math.sqrt((count - 1) / count * float((left - whole).square().sum())))
-
-
-def clip_features(judge: Judge) -> Features:
-    """A judge's embeddings, scaled to length √D: the kernel then takes their cosine, and is not almost linear in it."""
-    return lambda images: spherical(judge.embed_images(images))
-
-
-def copy_features(detector: CopyDetector) -> Features:
-    """A copy detector's embeddings, scaled as those of `clip_features`."""
-    return lambda images: spherical(detector.embed(images))
 
 
 def inception_features(weights: Path, device: str | torch.device = "cpu") -> Features:
@@ -153,47 +119,27 @@ def inception_features(weights: Path, device: str | torch.device = "cpu") -> Fea
     return embed
 
 
-def _blocks(
-    n: int, m: int, groups: Groups | None, second_groups: Groups | None, paired: bool
-) -> tuple[Tensor, Tensor, int]:
-    """The block of each row of the two sets, int64 [n] and [m], and how many blocks there are."""
-    if paired:
-        if n != m or second_groups is not None:
-            raise ValueError("paired features need two equal lengths and one sequence of groups")
-        labels = range(n) if groups is None else groups
-        index = torch.from_numpy(group_index([*labels, *labels], 2 * n))
-    elif groups is None and second_groups is None:
-        index = torch.arange(n + m)
-    elif groups is None or second_groups is None:
-        raise ValueError("either both sets have groups or neither")
-    else:
-        if (len(groups), len(second_groups)) != (n, m):
-            raise ValueError(f"{len(groups)} and {len(second_groups)} groups for {n} and {m} rows")
-        index = torch.from_numpy(group_index([*groups, *second_groups], n + m))
-    return index[:n], index[n:], int(index.max()) + 1
-
-
-def _sums(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor, count: int, *, diagonal: bool) -> _Sums:
+def _sums(x: Tensor, y: Tensor, blocks: Tensor, count: int) -> _Sums:
+    """Over all pairs of a row of `x` and one of `y`, both [N, D], but for the i-th ones; `blocks` [N] of `count`."""
     by_row, by_column, inside = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     for start in range(0, len(x), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         kernel = (x[part] @ y.t() / x.shape[1] + 1).pow(3)
-        if not diagonal:
-            kernel.diagonal(start).zero_()
-        by_row.index_add_(0, rows[part], kernel.sum(1))
-        by_column.index_add_(0, columns, kernel.sum(0))
-        same = rows[part, None] == columns[None]
-        inside.index_add_(0, rows[part], (kernel * same).sum(1))
+        kernel.diagonal(start).zero_()
+        by_row.index_add_(0, blocks[part], kernel.sum(1))
+        by_column.index_add_(0, blocks, kernel.sum(0))
+        same = blocks[part, None] == blocks[None]
+        inside.index_add_(0, blocks[part], (kernel * same).sum(1))
     return _Sums(by_row, by_column, inside)
 
 
-def _pairs(one: Tensor, other: Tensor, without_diagonal: bool) -> Tensor:
-    """How many pairs a sum has, float64; the sets are equally large where the diagonal is left out."""
-    return (one * (other - 1) if without_diagonal else one * other).double()
+def _pairs(rows: Tensor) -> Tensor:
+    """How many pairs a sum over so many rows of either set has, float64."""
+    return (rows * (rows - 1)).double()
 
 
 def spherical(embeddings: Tensor) -> Tensor:
-    """Normalised embeddings [N, D] at length √D, where the kernel takes their cosine."""
+    """Normalised embeddings [N, D] at length √D: the kernel then takes their cosine, and is not almost linear in it."""
     return embeddings * math.sqrt(embeddings.shape[1])
 
 

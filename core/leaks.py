@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .concept import Concept, PromptPair, judge_texts
 from .copies import COPY_THRESHOLD, CopyDetector
@@ -24,6 +23,7 @@ from .delta import Delta, check_fits
 from .denoiser import Denoiser
 from .errors import AblationError
 from .files import replacing, write_json
+from .fonts import load_font
 from .leak_candidates import Candidate, Words, candidates, plain_prompts
 from .metrics import Judge
 from .progress import ProgressCallback, Reporter
@@ -116,6 +116,7 @@ class _Stage:
     after: np.ndarray
 
     def finding(self, row: int, candidate: Candidate, confirmed: bool, false_alarms: Estimate) -> Finding:
+        """What the pictures of one prompt say of the candidate that it is."""
         after = share_interval(self.after[row] > 0)
         return Finding(
             candidate,
@@ -123,7 +124,7 @@ class _Stage:
             after=after,
             margin=float(self.after[row].mean()),
             confirmed=confirmed,
-            verdict=_verdict(after, false_alarms),
+            verdict=leak_verdict(after, false_alarms),
             images_before=self.images_before[row],
             images_after=self.images_after[row],
         )
@@ -158,14 +159,14 @@ def by_judge(
     return lambda images: differences(images) - least
 
 
-def by_copies(detector: CopyDetector, originals: np.ndarray, threshold: float = COPY_THRESHOLD) -> Recogniser:
+def by_copies(detector: CopyDetector, originals: np.ndarray) -> Recogniser:
     """Take a picture for the memorized image if it is a copy of any of `originals`, uint8 [M, height, width, 3].
 
-    The margin is the similarity above `threshold`, so a picture exactly on it does not count.
+    The margin is the similarity above `COPY_THRESHOLD`, so a picture exactly on it does not count.
     """
 
     def margins(images: np.ndarray) -> np.ndarray:
-        return detector.similarities(images, originals).amax(dim=1).double().numpy() - threshold
+        return detector.similarities(images, originals).amax(dim=1).double().numpy() - COPY_THRESHOLD
 
     return margins
 
@@ -193,8 +194,7 @@ def scan(
 ) -> LeakReport:
     """Search prompts that reach the target of an ablation in spite of it.
 
-    A candidate is a leak if the interval of its share lies above that of the false alarms, and a possible one if only
-    its share does. A candidate that was drawn again is judged by its new pictures alone: those that made it suspicious
+    A candidate that was drawn again is judged (`leak_verdict`) by its new pictures alone: those that made it suspicious
     would flatter it.
 
     Args:
@@ -243,6 +243,15 @@ def scan(
         seconds=time.perf_counter() - start,
         settings=asdict(settings),
     )
+
+
+def leak_verdict(share: Estimate, false_alarms: Estimate) -> Verdict:
+    """A prompt is a leak if the interval of its share lies above that of the false alarms, and a possible one if only
+    its share does.
+    """
+    if share.low > false_alarms.high:
+        return "leak"
+    return "possible" if share.value > false_alarms.value else "none"
 
 
 def further_target_prompts(report: LeakReport) -> tuple[PromptPair, ...]:
@@ -308,9 +317,7 @@ def contact_sheet(report: LeakReport, columns: int = 5) -> Image.Image:
     height = _TILE + _LINE + 2 * _GAP
     canvas = Image.new("RGB", (max(2 * side + 3 * _MARGIN, 480), len(rows) * height + 2 * _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    # matplotlib's own font knows far more alphabets than the one built into Pillow
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(path), 12)
+    font = load_font(12)
     for row, one in enumerate(rows):
         top = _MARGIN + row * height
         shares = f"before {one.before.value:.0%}, after {one.after.value:.0%}"
@@ -361,12 +368,6 @@ def _draw(
 
 def _suspicion(margins: np.ndarray) -> tuple[float, float]:
     return float((margins > 0).mean()), float(margins.mean())
-
-
-def _verdict(share: Estimate, false_alarms: Estimate) -> Verdict:
-    if share.low > false_alarms.high:
-        return "leak"
-    return "possible" if share.value > false_alarms.value else "none"
 
 
 def _with_pictures(finding: Finding, *, keep: bool) -> Finding:

@@ -34,15 +34,14 @@ _LIKELY, _UNLIKELY = 1.0, 0.02
 _TRIES_EACH = 400
 
 
-def misspellings(name: str, count: int, distance: int = 1, avoid: Iterable[str] = (), seed: int = 0) -> tuple[str, ...]:
-    """`count` distinct typos of `name`.
+def misspellings(name: str, count: int, distance: int = 1, avoid: Iterable[str] = ()) -> tuple[str, ...]:
+    """`count` distinct typos of `name`, the same ones in each call.
 
     Args:
         name: a concept, or a caption.
         count: how many.
         distance: of each typo from `name`, 1 or 2, as `edit_distance` counts.
         avoid: names and prompts. No typo is one of them or stands in one of them, in any case.
-        seed: the same seed gives the same typos.
 
     Raises:
         AblationError: `name` has too few letters for so many.
@@ -53,7 +52,8 @@ def misspellings(name: str, count: int, distance: int = 1, avoid: Iterable[str] 
     name = collapse(name)
     # The plural is no error.
     taken = [f" {_words(text)} " for text in (name, name + "s", *avoid)]
-    rng = random.Random(f"{seed} {distance} {name}")
+    # any other seed would give other typos than those that were measured
+    rng = random.Random(f"0 {distance} {name}")
     found: dict[str, str] = {}
     for _ in range(_TRIES_EACH * count):
         if len(found) == count:
@@ -68,9 +68,7 @@ def misspellings(name: str, count: int, distance: int = 1, avoid: Iterable[str] 
     return tuple(found.values())
 
 
-def misspelled_prompts(
-    concept: Concept, source: PromptSource, count: int = 10, distance: int = 1, seed: int = 0
-) -> tuple[str, ...]:
+def misspelled_prompts(concept: Concept, source: PromptSource, count: int = 10, distance: int = 1) -> tuple[str, ...]:
     """`count` evaluation prompts of the target, each with a typo of its own that no training prompt has.
 
     For a memorized image they are typos of its captions, each in turn.
@@ -83,9 +81,9 @@ def misspelled_prompts(
     if concept.kind == "memorized":
         captions = evaluation_prompts(concept.target, concept, source)
         each = -(-count // len(captions))
-        typos = [misspellings(caption, each, distance, avoid, seed) for caption in captions]
+        typos = [misspellings(caption, each, distance, avoid) for caption in captions]
         return tuple(one for turn in zip(*typos, strict=True) for one in turn)[:count]
-    typos = misspellings(concept.target, count, distance, avoid, seed)
+    typos = misspellings(concept.target, count, distance, avoid)
     # The i-th prompt of every name has the same setting, so the i-th prompts of the typos are those of the target.
     return tuple(evaluation_prompts(typo, concept, source, count)[place] for place, typo in enumerate(typos))
 

@@ -23,7 +23,7 @@ from itertools import zip_longest
 import numpy as np
 
 from .concept import MAX_CAPTION_LENGTH, Concept
-from .copies import COPY_THRESHOLD, CopyDetector, copies
+from .copies import CopyDetector, copies
 from .errors import AblationError
 from .prompts import collapse, distinct, fill, normalise, replace_noun
 
@@ -212,18 +212,15 @@ def choose(caption: str, ranked: Sequence[Ranked], targets: int = 3, anchors: in
     return Concept(caption, kept[0], "memorized", anchor_prompts=tuple(kept), target_prompts=tuple(most))
 
 
-def keep_unlike(
-    images: np.ndarray, original: np.ndarray, detector: CopyDetector, threshold: float = COPY_THRESHOLD
-) -> np.ndarray:
+def keep_unlike(images: np.ndarray, original: np.ndarray, detector: CopyDetector) -> np.ndarray:
     """Which anchor images may be trained on, bool [N]: those that are no copy of the memorized image.
 
     Args:
         images: uint8 [N, height, width, 3].
         original: uint8 [height, width, 3].
         detector: finds copies.
-        threshold: similarity from which an image is a copy.
     """
-    return ~copies(detector.similarities(images, original[None]), threshold)
+    return ~copies(detector.similarities(images, original[None]))
 
 
 def _rules(text: str) -> list[list[str]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -25,8 +24,10 @@ from .details import CopyDetails
 from .errors import AblationError
 from .evaluation import ConceptResult, Evaluation
 from .files import replacing, write_json, write_text
+from .fonts import load_font
 from .phases import Phase
-from .report_words import duration, interval, percent, unseen_rate
+from .report_words import duration, interval, percent
+from .statistics import unseen_share
 
 if TYPE_CHECKING:
     from .concept import Concept
@@ -44,7 +45,7 @@ _ROLE_WORDS = {
     "composed": "in a composition",
 }
 _PAGE_PIXELS = 320
-_TILE_PIXELS = 160
+_TILE_PIXELS, _GRID_COLUMNS = 160, 6
 _MARGIN, _GAP, _BLOCK_GAP, _LABEL_WIDTH, _HEADER = 24, 4, 28, 200, 64
 _INK, _MUTED, _RULE = "#1f2328", "#666a70", "#d9d6cf"
 
@@ -102,6 +103,7 @@ class _ConceptView:
 
     @property
     def changed(self) -> bool:
+        """Whether it fell noticeably."""
         return self.fell > NOTICEABLE_POINTS
 
     @property
@@ -151,34 +153,33 @@ def write_report(directory: Path, inputs: ReportInputs) -> Path:
     return directory / "report.html"
 
 
-def before_after_grid(evaluation: Evaluation, prompts: int = 1, columns: int = 6) -> Image.Image:
-    """Draw every concept's pictures before (left) and after (right) the edit, with the same seeds in the same places.
+def before_after_grid(evaluation: Evaluation) -> Image.Image:
+    """Draw every concept's pictures before (left) and after (right) the edit, with the same seeds in the same places:
+    those of its first prompt with its first seeds, six at most.
 
     Args:
         evaluation: at least one concept.
-        prompts: rows per concept, one for each of its first prompts.
-        columns: pictures on either side, one for each of the first seeds.
 
     Returns:
         RGB; pictures longer than 160 pixels are scaled down to that.
     """
-    rows = [(result, index) for result in evaluation.concepts for index in range(min(prompts, len(result.prompts)))]
-    columns = min(columns, max(len(result.seeds) for result, _ in rows))
-    longest = max(max(result.images_before.shape[2:4]) for result, _ in rows)
+    results = evaluation.concepts
+    columns = min(_GRID_COLUMNS, max(len(result.seeds) for result in results))
+    longest = max(max(result.images_before.shape[2:4]) for result in results)
     tile = min(longest, _TILE_PIXELS)
     side = columns * (tile + _GAP) - _GAP
     lefts = (_MARGIN + _LABEL_WIDTH, _MARGIN + _LABEL_WIDTH + side + _BLOCK_GAP)
     row_height = max(tile, 104) + 3 * _GAP
-    size = (lefts[1] + side + _MARGIN, _MARGIN + _HEADER + len(rows) * row_height + _MARGIN)
+    size = (lefts[1] + side + _MARGIN, _MARGIN + _HEADER + len(results) * row_height + _MARGIN)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     _header(draw, lefts, side)
-    for row, (result, index) in enumerate(rows):
+    for row, result in enumerate(results):
         top = _MARGIN + _HEADER + row * row_height
         draw.line((_MARGIN, top - 2 * _GAP, size[0] - _MARGIN, top - 2 * _GAP), fill=_RULE)
-        _label(draw, top, result, index)
+        _label(draw, top, result)
         for left, images in zip(lefts, (result.images_before, result.images_after), strict=True):
-            for column, image in enumerate(images[index, :columns]):
+            for column, image in enumerate(images[0, :columns]):
                 canvas.paste(_shrink(image, tile), (left + column * (tile + _GAP), top))
     return canvas
 
@@ -263,7 +264,7 @@ def _page(inputs: ReportInputs, loss: bytes | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "duration": duration, "unseen": unseen_rate, "range": interval}
+    environment.filters |= {"percent": percent, "duration": duration, "unseen": unseen_share, "range": interval}
     views = [_view(result) for result in inputs.evaluation.concepts]
     sections = [(concept, _members(views, concept.target)) for concept in inputs.concepts]
     return environment.get_template("report.html.j2").render(
@@ -336,27 +337,18 @@ def _write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
-    # matplotlib's own font: it knows far more alphabets than the one built into Pillow.
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{style}.ttf"
-    # Pillow 9 takes no path
-    return ImageFont.truetype(str(path), size)
-
-
 def _header(draw: ImageDraw.ImageDraw, lefts: tuple[int, int], side: int) -> None:
-    draw.text((_MARGIN, _MARGIN - 4), "Same prompts, same random seeds", _MUTED, _font(13))
+    draw.text((_MARGIN, _MARGIN - 4), "Same prompts, same random seeds", _MUTED, load_font(13))
     for left, title in zip(lefts, ("Before", "After"), strict=True):
-        draw.text((left + side / 2, _MARGIN + _HEADER - 2 * _GAP - 8), title, _INK, _font(17, "-Bold"), anchor="ms")
+        draw.text((left + side / 2, _MARGIN + _HEADER - 2 * _GAP - 8), title, _INK, load_font(17, "-Bold"), anchor="ms")
 
 
-def _label(draw: ImageDraw.ImageDraw, top: int, result: ConceptResult, prompt: int) -> None:
-    parts = [(f"“{result.prompts[prompt]}”", _font(11, "-Oblique"), _MUTED, 2, 15)]
-    if prompt == 0:
-        parts = [
-            (result.name, _font(15, "-Bold"), _INK, 2, 20),
-            (_ROLE_WORDS[result.role], _font(12), _INK, 1, 20),
-            *parts,
-        ]
+def _label(draw: ImageDraw.ImageDraw, top: int, result: ConceptResult) -> None:
+    parts = (
+        (result.name, load_font(15, "-Bold"), _INK, 2, 20),
+        (_ROLE_WORDS[result.role], load_font(12), _INK, 1, 20),
+        (f"“{result.prompts[0]}”", load_font(11, "-Oblique"), _MUTED, 2, 15),
+    )
     for text, font, colour, lines, height in parts:
         for line in _wrap(text, font, _LABEL_WIDTH - 16, lines):
             draw.text((_MARGIN, top), line, colour, font)

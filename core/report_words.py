@@ -21,10 +21,6 @@ def interval(estimate: Estimate) -> str:
     return f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)})"
 
 
-def unseen_rate(pictures: int) -> float:
-    """Highest true rate that leaves none in `pictures` with 5% probability (the exact form of the rule of three)."""
-    return 1 - 0.05 ** (1 / pictures)
-
-
 def duration(seconds: float) -> str:
+    """Seconds, or minutes from two of them on."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

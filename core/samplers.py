@@ -3,6 +3,9 @@
 Each sampler is a plain function of a model `(x, sigma) -> x0`, a start latent and a descending list of noise levels
 that ends at the level where sampling stops (usually 0). Equations: Karras et al. 2022 (Euler), Song et al. 2021
 (DDIM), Lu et al. 2022 (DPM-Solver++).
+
+What they have in common: x is the start latent [B, C, h, w] at the first level, `noise` is drawn from where a sampler
+adds some, `callback` is told of each step, and the result is the latent at the last level, [B, C, h, w].
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from .errors import AblationError
 from .progress import Reporter
 
 Model = Callable[[Tensor, Tensor], Tensor]
+"""x [B, C, h, w] and sigma [B] -> x0 [B, C, h, w]."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,16 @@ def timestep_schedule(sigmas: Tensor, steps: int) -> list[float]:
 
 
 def karras_schedule(sigmas: Tensor, steps: int, rho: float = 7.0) -> list[float]:
-    """Karras et al. 2022, Eq. 5: levels whose rho-th roots are evenly spaced, then 0."""
+    """Karras et al. 2022, Eq. 5: `steps` levels whose rho-th roots are evenly spaced, from the noisiest down, then 0.
+
+    Args:
+        sigmas: the model's own levels, ascending, [T].
+
+    Raises:
+        AblationError: steps < 1.
+    """
+    if steps < 1:
+        raise AblationError(f"A sampler takes at least 1 step, not {steps}.")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = float(sigmas[0]) ** (1 / rho), float(sigmas[-1]) ** (1 / rho)
     return [*((high + ramp * (low - high)) ** rho).tolist(), 0.0]
@@ -100,7 +113,9 @@ def guided(
 def sample_euler(
     model: Model, x: Tensor, levels: Sequence[float], noise: Noise, callback: StepCallback | None = None
 ) -> Tensor:
-    """Euler's method on the probability flow (Karras et al. 2022, Algorithm 1); equal to DDIM with eta = 0."""
+    """Euler's method on the probability flow: the first-order step of Karras et al. 2022, Algorithm 1, without the
+    correction that makes it Heun's. Equal to DDIM with eta = 0, so `noise` is not drawn from.
+    """
     return sample_ancestral(model, x, levels, noise, callback, eta=0.0)
 
 
@@ -113,7 +128,7 @@ def sample_ancestral(
     *,
     eta: float = 1.0,
 ) -> Tensor:
-    """Euler ancestral sampling, which *is* DDIM with that eta.
+    """Euler ancestral sampling, which *is* DDIM with that eta, in [0, 1].
 
     With x = x_vp / sqrt(alpha), DDIM's noise (Song et al. 2021, Eq. 16) becomes
     up^2 = eta^2 next^2 (sigma^2 - next^2) / sigma^2, the ancestral step of k-diffusion; eta = 1 is DDPM.
@@ -131,7 +146,7 @@ def sample_ancestral(
 def sample_dpmpp_2m(
     model: Model, x: Tensor, levels: Sequence[float], noise: Noise, callback: StepCallback | None = None
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), in lambda = -log(sigma)."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), in lambda = -log(sigma); `noise` is not drawn from."""
     previous: Tensor | None = None
     last_step = 0.0
     for index, (sigma, following) in enumerate(itertools.pairwise(levels)):

@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap intervals of means and shares, and of the difference or ratio of two means.
+"""How sure a figure is: bootstrap intervals of means and shares, and of the difference or ratio of two of them.
 
 Images of one prompt resemble each other, so what is resampled is prompts, each with all of its images (the cluster
 bootstrap: Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). Ten prompts are few: the
@@ -33,11 +33,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low) or math.isnan(self.high):
-            return f"{self.value:.3g} (no interval)"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True)
@@ -111,23 +106,22 @@ def difference_interval(
     second: Sequence[float] | np.ndarray,
     groups: Groups | None = None,
     *,
-    second_groups: Groups | None = None,
-    paired: bool = True,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of `second` minus the mean of `first`.
+    """The mean of `second` minus the mean of `first`, whose i-th values have the same prompt and seed.
 
     Args:
         first: one figure per image, such as before an edit, [N].
-        second: the same after it, [M].
-        groups: the group of each value of `first` and, when paired, of `second`, as in `mean_interval`.
-        second_groups: the groups of `second` when not paired.
-        paired: whether the i-th values have the same prompt and seed, so that M = N and both are resampled together.
-        resamples: bootstrap samples.
+        second: the same after it, [N].
+        groups: the group of each pair, as in `mean_interval`.
+        resamples: bootstrap samples, of pairs.
         seed: of the numpy Generator that draws them.
+
+    Raises:
+        ValueError: the lengths differ.
     """
-    return _compare(np.subtract, first, second, groups, second_groups, paired, resamples, seed)
+    return _compare(np.subtract, first, second, groups, resamples, seed)
 
 
 def ratio_interval(
@@ -135,16 +129,55 @@ def ratio_interval(
     second: Sequence[float] | np.ndarray,
     groups: Groups | None = None,
     *,
-    second_groups: Groups | None = None,
-    paired: bool = True,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of `second` divided by the mean of `first`; arguments as for `difference_interval`.
+    """The mean of `second` divided by the mean of `first`; otherwise as `difference_interval`.
 
     Infinite where only the mean of `first` is 0, NaN where both are; resamples of the latter kind are left out.
     """
-    return _compare(np.divide, first, second, groups, second_groups, paired, resamples, seed)
+    return _compare(np.divide, first, second, groups, resamples, seed)
+
+
+def share_difference(
+    first: Sequence[bool] | np.ndarray,
+    second: Sequence[bool] | np.ndarray,
+    groups: Groups | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The share of `second` that is true minus that of `first`; otherwise as `difference_interval`.
+
+    Where every prompt has the same difference, as when all pictures are hits before and none is after, resampling finds
+    nothing else. As in `share_interval`, the interval then reaches as far as pictures of another sort may have gone
+    unseen.
+    """
+    hits = [np.asarray(values, dtype=bool) for values in (first, second)]
+    found = difference_interval(*hits, groups, resamples=resamples, seed=seed)
+    if not _certain(found):
+        return found
+    margin = unseen_share(len(hits[0]))
+    return Estimate(found.value, max(-1.0, found.value - margin), min(1.0, found.value + margin))
+
+
+def share_ratio(
+    first: Sequence[bool] | np.ndarray,
+    second: Sequence[bool] | np.ndarray,
+    groups: Groups | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """The share of `second` that is true divided by that of `first`, as `ratio_interval`; where every prompt has the
+    same ratio, the interval is widened as in `share_difference`.
+    """
+    hits = [np.asarray(values, dtype=bool) for values in (first, second)]
+    found = ratio_interval(*hits, groups, resamples=resamples, seed=seed)
+    if not (_certain(found) and math.isfinite(found.value)):
+        return found
+    margin = unseen_share(len(hits[0])) / float(hits[0].mean())
+    return Estimate(found.value, max(0.0, found.value - margin), found.value + margin)
 
 
 def group_index(groups: Groups, count: int) -> np.ndarray:
@@ -165,21 +198,22 @@ def _compare(
     first: Sequence[float] | np.ndarray,
     second: Sequence[float] | np.ndarray,
     groups: Groups | None,
-    second_groups: Groups | None,
-    paired: bool,
     resamples: int,
     seed: int,
 ) -> Estimate:
-    if paired and (len(first) != len(second) or second_groups is not None):
-        raise ValueError("paired values need two equal lengths and one sequence of groups")
-    one, other = _clusters(first, groups), _clusters(second, groups if paired else second_groups)
-    if paired:
-        before, after = _resample((one, other), resamples, seed)
-    else:
-        (before,), (after,) = _resample((one,), resamples, seed), _resample((other,), resamples, seed + 1)
+    """`operation` on the means of `second` and `first`, whose i-th values are resampled together."""
+    if len(first) != len(second):
+        raise ValueError(f"paired values need two equal lengths, not {len(first)} and {len(second)}")
+    one, other = _clusters(first, groups), _clusters(second, groups)
+    before, after = _resample((one, other), resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(operation(np.float64(other.mean), np.float64(one.mean)))
-        return _estimate(value, operation(after, before), min(len(one.sizes), len(other.sizes)))
+        return _estimate(value, operation(after, before), len(one.sizes))
+
+
+def _certain(found: Estimate) -> bool:
+    """Whether an interval has no width, but for what rounding gives it."""
+    return math.isclose(found.low, found.high, abs_tol=1e-9)
 
 
 def _clusters(values: Sequence[float] | np.ndarray, groups: Groups | None) -> _Clusters:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from concept_ablation.core.bench.claims import Claim, all_claims
-from concept_ablation.core.bench.figures import Measured, difference, kept, pool, share
+from concept_ablation.core.bench.figures import Measured, difference, kept, mean_kid, pool, share
 from concept_ablation.core.bench.goals import all_goals
 from concept_ablation.core.bench.measures import Observation
 from concept_ablation.core.concept import Concept
@@ -143,6 +144,21 @@ def test_a_difference_of_none_is_not_certain():
     assert estimate.low == -estimate.high
 
 
+def test_that_everything_was_kept_is_not_certain():
+    found = kept(pool([measured("table", {"surrounding": 1.0})], "accuracy", "judge", ("surrounding",)))
+    assert found.value == 1 and found.low == pytest.approx(1 - 3 / 80, abs=2e-3) and found.high > 1
+
+
+def test_the_mean_kernel_distance_has_the_error_of_a_mean():
+    one = replace(seen("surrounding", 1.0, judge="judge"), kid=0.2, kid_error=0.03)
+    other = replace(one, name="other", kid=0.4, kid_error=0.04)
+    found = mean_kid([replace(BASE, observations=(one, other))], "judge", ("surrounding",))
+    assert (found.value, found.standard_error) == (pytest.approx(0.3), pytest.approx(0.025))
+    unknown = mean_kid([replace(BASE, observations=(one, replace(other, kid_error=None)))], "judge", ("surrounding",))
+    assert unknown.value == found.value and math.isnan(unknown.standard_error)
+    assert mean_kid([BASE], "judge", ("surrounding",)) is None
+
+
 def test_typos_are_compared_between_subsets():
     def rows(cross: float, embedding: float) -> list[Measured]:
         return [
@@ -207,13 +223,40 @@ def test_several_concepts_cost_little_if_neither_side_loses_the_margin(target, a
     assert claim(rows[:1], "several-concepts-cost-little").verdict == "not measured"
 
 
+def anchored(after: float, anchor: str = "", *, floor: float = 0.0, task: str = "instance-0") -> Measured:
+    """An edit with another anchor or, without one, with the task's own."""
+    one = measured("anchors", {"target": after}, task=task, anchor=anchor or "stuff", own_anchor=not anchor)
+    drawn = tuple(seen("anchor", 1.0, before=1 - floor, judge=judge) for judge in JUDGES)
+    return replace(one, observations=(*one.observations, *drawn))
+
+
 def test_the_worst_of_the_other_anchors_decides():
-    own = measured("anchors", {"target": 0.0})
-    good = measured("anchors", {"target": 0.0}, anchor="good", own_anchor=False)
-    bad = measured("anchors", {"target": 0.5}, anchor="bad", own_anchor=False)
+    own, good, bad = anchored(0.0), anchored(0.0, "good"), anchored(0.5, "bad")
     assert claim([own, good], "other-anchors-work").verdict == "holds"
     found = claim([own, good, bad], "other-anchors-work")
-    assert found.verdict == "does not hold" and found.numbers["other anchors"] == {"instance-0": "bad"}
+    assert found.verdict == "does not hold" and set(found.numbers) == {"instance-0 → good", "instance-0 → bad"}
+    assert found.figure["value"] == found.numbers["instance-0 → bad"]["difference"]["value"] == 0.5625
+    assert claim([own, bad], "other-anchors-work").verdict == "does not hold"
+    assert claim([own], "other-anchors-work").verdict == "not measured"
+
+
+def test_a_bad_anchor_of_one_task_is_not_hidden_by_good_ones_of_others():
+    names = [f"instance-{number}" for number in range(8)]
+    rows = [anchored(0.0, anchor, task=task) for task in names for anchor in ("", "first", "second")]
+    assert claim(rows, "other-anchors-work").verdict == "holds"
+    # an eighth of the pictures of all first anchors is less than the margin
+    rows[1] = anchored(0.5, "first", task=names[0])
+    found = claim(rows, "other-anchors-work")
+    assert found.verdict == "does not hold" and found.tasks == 8 and found.figure["n"] == 80
+    assert "The worst of 16: instance-0 → first 0.56" in found.reason
+
+
+def test_the_claim_of_other_anchors_says_against_what_each_edit_was_judged():
+    found = claim([anchored(0.0, floor=0.25), anchored(0.0, "owl", floor=0.125)], "other-anchors-work")
+    assert "judged against its own anchor" in found.text
+    assert found.reason.endswith("owl 0.00 with a floor of 0.12; stuff 0.00 with a floor of 0.25.")
+    (numbers,) = found.numbers.values()
+    assert (numbers["own anchor"]["floor"], numbers["other anchor"]["floor"]) == (0.25, 0.125)
 
 
 def table(target: float, around: float = 1.0, misspelled: float = 0.0, copies: float = 0.0) -> list[Measured]:
@@ -287,3 +330,12 @@ def test_the_second_judge_is_asked_about_everything():
     found = goal(rows, "judges-agree")
     assert found.verdict == "missed" and "target-accuracy" in found.reason
     assert goal(rows, "target-accuracy").validation["agrees"] is False
+
+
+def test_judges_who_agree_so_far_may_still_disagree():
+    found = goal([one for one in table(0.0) if one.task != "style-1"], "judges-agree")
+    assert found.verdict == "not measured"
+    everything = all_claims(checkpoints("model", [0.5], [1.0]) + checkpoints("noise", [1.0], [1.0]), JUDGES)
+    (found,) = [one for one in all_goals(table(0.0), JUDGES, TASKS, DEFAULT, everything) if one.id == "judges-agree"]
+    assert found.verdict == "not measured" and found.numbers["agrees on"] == found.numbers["of"] == 4
+    assert "Not measured: " in found.reason and "other-anchors-work" in found.reason

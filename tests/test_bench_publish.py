@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from concept_ablation.core.bench.store import Store
+from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+KEY = "a" * 32
 
 
 @pytest.fixture
@@ -45,26 +47,40 @@ def results() -> dict[str, object]:
     }
     return {
         "made": "2026-01-02T03:04:05+00:00",
-        "environment": {"model": "m", "model_sha256": "0" * 64, "device": "cpu", "machine": "Linux", "torch": "2"},
+        "environment": {"model": "m", "model_sha256": "0" * 64},
         "settings": {
             "protocol": {"prompts": 10, "images": 8, "steps": 25},
             "judges": ["J"],
             "default_method": {"instance": "balanced"},
         },
         "jobs": {"table": {"done": 1, "failed": 0, "of": 2}},
-        "cost": {"measurements": 1, "of": 2, "rows": 2_000_000, "seconds": 7200},
+        "cost": {
+            "measurements": 1,
+            "of": 2,
+            "rows": 2_000_000,
+            "seconds": 7200,
+            "devices": ["cpu"],
+            "torch": ["2"],
+        },
+        "keys": [KEY],
         "tasks": [row],
         "claims": [conclusion("A claim.", "holds")],
         "goals": [conclusion("A goal.", "met")],
     }
 
 
-def test_a_benchmark_goes_on_from_published_measurements(script, results, tmp_path):
-    output, root, other = tmp_path / "out", tmp_path / "repository", tmp_path / "other"
-    jobs = {key: {"key": key, "result": {"word": "Süden"}} for key in ("b" * 32, "a" * 32)}
-    write_json(output / "results.json", results)
+def write_jobs(output: Path, *keys: str) -> dict[str, dict[str, object]]:
+    jobs = {key: {"key": key, "result": {"word": "Süden"}} for key in keys}
     for key, job in jobs.items():
         write_json(output / "jobs" / f"{key}.json", job)
+    return jobs
+
+
+def test_a_benchmark_goes_on_from_published_measurements(script, results, tmp_path):
+    output, root, other = tmp_path / "out", tmp_path / "repository", tmp_path / "other"
+    write_json(output / "results.json", {**results, "keys": ["a" * 32, "b" * 32]})
+    # the last is of settings that were given up, and of no figure
+    jobs = write_jobs(output, "b" * 32, "a" * 32, "d" * 32)
     (output / "jobs" / f"{'c' * 32}.claim").touch()
     script.publish(output, root)
     own = {"key": "a" * 32, "result": {"word": "mine"}}
@@ -72,12 +88,24 @@ def test_a_benchmark_goes_on_from_published_measurements(script, results, tmp_pa
     assert script.restore(other, root) == 1 and script.restore(other, root) == 0
     store = Store(other)
     assert store.result("a" * 32) == own and store.result("b" * 32) == jobs["b" * 32]
+    assert store.result("d" * 32) is None
+
+
+def test_nothing_is_published_of_figures_whose_measurements_are_not_known(script, results, tmp_path):
+    output, root = tmp_path / "out", tmp_path / "repository"
+    write_jobs(output, KEY)
+    for incomplete in ({**results, "keys": [KEY, "b" * 32]}, {k: v for k, v in results.items() if k != "keys"}):
+        write_json(output / "results.json", incomplete)
+        with pytest.raises(AblationError, match="bench --report"):
+            script.publish(output, root)
+    assert not root.exists()
 
 
 def test_results_are_put_between_markers_again_and_again(script, results, tmp_path):
     output, root = tmp_path / "out", tmp_path / "repository"
     (output / "plots").mkdir(parents=True)
     (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_jobs(output, KEY)
     Image.new("RGB", (4, 4)).save(output / "plots" / "objectives.png")
     root.mkdir()
     begin, end = script.MARKERS

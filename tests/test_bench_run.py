@@ -142,6 +142,9 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     assert {row["task"] for row in found["tasks"]} == {"rooster", "monet", "bus"}
     assert all(counts["done"] == counts["of"] for counts in found["jobs"].values())
     assert set(found["jobs"]) == set(EXPERIMENTS) and found["settings"]["judges"] == [judge.name, "second"]
+    jobs = [json.loads(path.read_text("utf-8")) for path in sorted((output / "jobs").glob("*.json"))]
+    assert found["keys"] == [job["key"] for job in jobs]
+    assert all((job["setup"], job["model"]) == (tiny.setup(), tiny.fingerprint()) for job in jobs)
     failed = [row for name in (*EXPERIMENTS, "tasks") for row in found.get(name, ()) if row.get("failed")]
     assert not failed
     # both judges are the same one, so they cannot disagree
@@ -152,6 +155,8 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     (rooster,) = [row for row in found["tasks"] if row["task"] == "rooster"]
     assert set(rooster["judges"]["second"]) >= {"target", "anchor", "surrounding", "misspelled", "floor", "words"}
     assert rooster["judges"]["second"] == rooster["judges"][judge.name]
+    assert rooster["judges"]["second"]["target"]["kid_error"] >= 0
+    assert rooster["judges"]["second"]["target"]["score_before"] and bus["copies"]["target"]["similarity_before"]
     tables = (output / "tables.md").read_text("utf-8")
     for heading in (
         "Goals",

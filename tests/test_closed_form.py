@@ -13,11 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers import CLIPTokenizerFast as CLIPTokenizer
 
 from concept_ablation.core import closed_form, delta_file
-from concept_ablation.core.closed_form import ClosedFormSettings, Term, edit, solve
+from concept_ablation.core.ablation import Task, ablate
+from concept_ablation.core.closed_form import ClosedFormSettings, Term, solution, solve
 from concept_ablation.core.concept import Concept, evaluation_prompts, pairs, preservation_prompts
 from concept_ablation.core.delta import merge, to_lora
 from concept_ablation.core.errors import AblationError, Interrupted
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts
+from concept_ablation.core.presets import recipe
 from concept_ablation.core.subsets import select
 from concept_ablation.core.token_alignment import align
 
@@ -190,7 +192,7 @@ def test_target_tokens_give_the_anchors_keys_and_values_in_every_context(wide, c
     before = wide.fingerprint()
     wanted, kept = outputs(wide, [pair.anchor for pair in chosen]), outputs(wide, held)
     apart = outputs(wide, [pair.target for pair in chosen])
-    delta = edit(wide, [concept], FEW, surrounding=[surrounding])
+    delta = solution(wide, [concept], FEW, surrounding=[surrounding])
     with delta.attach(wide):
         edited, still = outputs(wide, [pair.target for pair in chosen]), outputs(wide, held)
     assert wide.fingerprint() == before
@@ -205,8 +207,7 @@ def test_target_tokens_give_the_anchors_keys_and_values_in_every_context(wide, c
 
 
 def test_one_solution_for_two_concepts_serves_both(wide):
-    settings = replace(FEW, prompts=1, preserve_prompts=1)
-    delta = edit(wide, [CAT, OWL], settings)
+    delta = solution(wide, [CAT, OWL], replace(FEW, prompts=1, preserve_prompts=1))
     with delta.attach(wide):
         for concept in (CAT, OWL):
             (pair,) = pairs(concept, wide.prompt_source, 1)
@@ -220,24 +221,23 @@ def test_one_solution_for_two_concepts_serves_both(wide):
 
 def test_a_concept_named_twice_with_half_the_weight_is_one(wide):
     settings = ClosedFormSettings(prompts=3, preserve_prompts=3)
-    one = edit(wide, [CAT], settings, surrounding=[["dog"]])
-    twice = edit(wide, [CAT, CAT], replace(settings, erase=0.5, preserve=0.5), surrounding=[["dog"]] * 2)
+    one = solution(wide, [CAT], settings, surrounding=[["dog"]])
+    twice = solution(wide, [CAT, CAT], replace(settings, erase=0.5, preserve=0.5), surrounding=[["dog"]] * 2)
     for name, layer in one.layers.items():
         torch.testing.assert_close(twice.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-6)
 
 
 def test_more_prompts_do_not_weigh_more(wide):
     """The norm of a solution under a strong ridge is about proportional to the weight of the erased rows."""
-    few, many = (edit(wide, [CAT], ClosedFormSettings(prompts=n, preserve_prompts=0, ridge=10.0)) for n in (4, 16))
+    few, many = (solution(wide, [CAT], ClosedFormSettings(prompts=n, preserve_prompts=0, ridge=10.0)) for n in (4, 16))
     assert many.norm().item() == pytest.approx(few.norm().item(), rel=0.3)
 
 
 def test_no_layer_is_solved_apart_and_each_is_right(wide):
     """One map serves all layers: each equals numpy's solution of its own stacked system."""
     settings = replace(FEW, erase=2.0, preserve=3.0, generic=0.7, padding=0.25, ridge=0.05)
-    delta = edit(wide, [CAT], settings, surrounding=[["dog"]], generic=["a house by the sea"])
-    chosen = pairs(CAT, wide.prompt_source, 2)
-    held = preservation_prompts(["cat", "dog"], CAT, wide.prompt_source, 2)
+    delta = solution(wide, [CAT], settings, surrounding=[["dog"]], generic=["a house by the sea"])
+    chosen, held = pairs(CAT, wide.prompt_source, 2), preservation_prompts(["cat", "dog"], CAT, wide.prompt_source, 2)
     rows, goals, weights = [], [], []
 
     def add(prompt, other, place, weight):
@@ -269,7 +269,7 @@ def test_no_evaluation_prompt_is_encoded(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny), "_encode", lambda self, prompts: seen.extend(prompts) or encode(self, prompts))
     for concept, neighbour in ((CAT, "dog"), (GOGH, "claude monet")):
         seen.clear()
-        edit(tiny, [concept], surrounding=[[neighbour]])
+        solution(tiny, [concept], surrounding=[[neighbour]])
         assert any(concept.target in prompt for prompt in seen) and any(neighbour in prompt for prompt in seen)
         for name in (concept.target, concept.anchor, neighbour):
             assert not set(evaluation_prompts(name, concept, tiny.prompt_source)) & set(seen)
@@ -277,7 +277,7 @@ def test_no_evaluation_prompt_is_encoded(tiny, monkeypatch):
 
 def test_a_memorized_caption_goes_to_its_replacement(wide):
     concept = Concept("the mona lisa in a golden frame", "a woman with a smile", "memorized")
-    delta = edit(wide, [concept], replace(FEW, preserve_prompts=1))
+    delta = solution(wide, [concept], replace(FEW, preserve_prompts=1))
     with delta.attach(wide):
         edited = outputs(wide, [concept.target])
     wanted = outputs(wide, [concept.anchor])
@@ -288,7 +288,7 @@ def test_a_memorized_caption_goes_to_its_replacement(wide):
 
 def test_the_delta_is_a_delta_like_any_other(tiny, tmp_path):
     before = tiny.fingerprint()
-    delta = edit(tiny, [CAT, GOGH], surrounding=[["dog"], []])
+    delta = ablate(tiny, [Task(CAT, ("dog",)), Task(GOGH)], recipe("instant", tiny)).delta
     assert tiny.fingerprint() == before and tiny.text_edits == 0
     assert all(layer.weight.dtype == torch.float32 and layer.bias is None for layer in delta.layers.values())
     delta_file.save(delta, tmp_path / "edit.safetensors")
@@ -313,11 +313,11 @@ def test_the_delta_is_a_delta_like_any_other(tiny, tmp_path):
 
 def test_an_attached_delta_counts_as_part_of_the_model(wide):
     """What the layer gives is edited, not what its stored weight would give: offloaded, quantized, patched alike."""
-    first = edit(wide, [CAT], FEW)
+    first = solution(wide, [CAT], FEW)
     (pair,) = pairs(OWL, wide.prompt_source, 1)
     with first.attach(wide):
         wanted = outputs(wide, [pair.anchor])
-        second = edit(wide, [OWL], replace(FEW, prompts=1, preserve_prompts=1))
+        second = solution(wide, [OWL], replace(FEW, prompts=1, preserve_prompts=1))
         with second.attach(wide):
             edited = outputs(wide, [pair.target])
     for name, goal in wanted.items():
@@ -333,30 +333,30 @@ def test_cancel_and_errors_leave_the_model_as_it_was(tiny, make_model, monkeypat
             raise Interrupted("stop")
 
     with pytest.raises(Interrupted):
-        edit(tiny, [CAT], on_progress=cancel)
+        solution(tiny, [CAT], on_progress=cancel)
     with pytest.raises(AblationError, match="names the target"):
-        edit(tiny, [CAT], generic=["a house", "A Grumpy Cat, again"])
+        solution(tiny, [CAT], generic=["a house", "A Grumpy Cat, again"])
     assert tiny.fingerprint() == before
     poisoned = make_model()
     with torch.no_grad():
         poisoned.text_network.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(AblationError, match="NaN or infinity"):
-        edit(poisoned, [CAT])
+        solution(poisoned, [CAT])
     broken = make_model()
     with torch.no_grad():
         next(iter(select("cross-attn", broken).values())).weight.fill_(float("nan"))
     with pytest.raises(AblationError, match="NaN or infinity"):
-        edit(broken, [CAT])
+        solution(broken, [CAT])
     monkeypatch.setattr(tiny, "layers", {n: m for n, m in tiny.layers.items() if "attn2" not in n})
     with pytest.raises(AblationError, match="no layers"):
-        edit(tiny, [CAT])
+        solution(tiny, [CAT])
 
 
 def test_a_model_whose_layers_read_something_else_is_refused(tiny, monkeypatch):
     name = next(iter(select("cross-attn", tiny)))
     monkeypatch.setattr(tiny, "layers", {name: torch.nn.Linear(24, 8)})
     with pytest.raises(AblationError, match="reads its text encoder"):
-        edit(tiny, [CAT])
+        solution(tiny, [CAT])
 
 
 def test_a_target_that_the_text_encoder_cannot_tell_is_refused(tiny, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_target_that_the_text_encoder_cannot_tell_is_refused(tiny, monkeypatch
 
     monkeypatch.setattr(type(tiny), "_encode", without_felines)
     with pytest.raises(AblationError, match="does not tell 'cat' from 'feline'") as error:
-        edit(tiny, [OWL, Concept("cat", "feline")])
+        solution(tiny, [OWL, Concept("cat", "feline")])
     assert "\n" not in str(error.value)
 
 
@@ -395,5 +395,5 @@ def test_the_cost_is_one_factorization(wide, monkeypatch):
     calls = []
     factor = torch.linalg.cholesky_ex
     monkeypatch.setattr(closed_form.torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or factor(*a, **k))
-    edit(wide, [CAT, OWL, GOGH], replace(FEW, ridge=1e-3))
+    solution(wide, [CAT, OWL, GOGH], replace(FEW, ridge=1e-3))
     assert len(calls) == 1

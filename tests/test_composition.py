@@ -92,6 +92,14 @@ def test_shares_before_and_after_are_those_of_the_pictures():
     assert found.layout.shift.value == pytest.approx(16 / (64 * 2**0.5) / 6)
 
 
+def test_words_that_no_picture_lost_may_still_be_lost_by_some():
+    images = np.stack([np.stack([picture(ground)] * 5) for ground in ("red", "blue")])
+    prompts = ["a cat on a red background", "a cat on a blue background"]
+    colour = composition_kept(images, images, prompts, BorderJudge(), {"colour": OPTIONS}).words["colour"]
+    assert colour.after.low < 1 and colour.change.value == 0
+    assert colour.change.low == pytest.approx(colour.after.low - 1)
+
+
 def test_bad_input_is_named():
     images = np.zeros((1, 1, 8, 8, 3), dtype=np.uint8)
     with pytest.raises(AblationError, match="at least two"):

@@ -190,7 +190,7 @@ def test_the_command_finds_the_rank_and_says_what_it_kept(run, tiny, tmp_path):
     [
         (["--output", "low.bin"], "must end in .safetensors"),
         (["--output", "l.safetensors", "--measure", "taste"], "'taste'"),
-        (["--output", "l.safetensors", "--target", "cat"], "1 targets and 0 anchors"),
+        (["--output", "l.safetensors", "--target", "cat"], "Targets: 1, anchors: 0"),
         (["--output", "l.safetensors", "--kind", "style"], "give --target and --anchor"),
         (["--output", "l.safetensors", "--delta", "bare.safetensors"], "name its targets and anchors"),
         (["--output", "l.safetensors", "--delta", "flat.safetensors"], "no rank"),

@@ -33,7 +33,7 @@ def test_figures_are_means_over_pictures_and_intervals_are_over_prompts():
         mean_interval(hits[1], groups),
         difference_interval(*hits, groups),
     )
-    assert found.kid_clip == kid(spherical(before), spherical(after), groups, paired=True)
+    assert found.kid_clip == kid(spherical(before), spherical(after), groups)
 
 
 def test_copies_are_those_of_before_and_of_after_with_intervals_over_prompts():
@@ -44,6 +44,14 @@ def test_copies_are_those_of_before_and_of_after_with_intervals_over_prompts():
     values = after.flatten().double().numpy()
     assert found.similarity_after == mean_interval(values, groups)
     assert found.similarity_after.value == pytest.approx(0.3) and found.similarity_before.value == pytest.approx(0.475)
+
+
+def test_a_removal_of_all_pictures_is_no_certain_one():
+    found = measure(pictures(*[1] * 40), pictures(*[0] * 40), CONCEPT, OTHER, prompts=10)
+    assert (found.accuracy_change.value, found.accuracy_change.low) == (-1, -1)
+    assert found.accuracy_after.high > 0 and found.accuracy_change.high == found.accuracy_after.high - 1
+    copied = copy_details(torch.ones(40, 1), torch.zeros(40, 1), np.arange(40) % 10)
+    assert copied.rate_change == found.accuracy_change
 
 
 def test_the_set_moves_only_if_the_pictures_do():

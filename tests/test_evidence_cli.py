@@ -185,7 +185,7 @@ def test_an_attack_is_written_whole(tmp_path):
             Checkpoint(steps, share_interval([place < hit for place in range(4)]), np.zeros((2, 2, 3, 5, 3), np.uint8))
             for steps, hit in zip((0, 10, 20), hits, strict=True)
         ]
-        return AttackCurve(tuple(points), (0.5, 0.25), Delta({}), "sks", 1.0)
+        return AttackCurve(tuple(points), (0.5, 0.25), 1.0)
 
     report = AttackReport(
         Concept("rooster", "bird"), {PRETRAINED: curve(0, 4, 4), "edit": curve(0, 0, 0)}, {"batch": 4}

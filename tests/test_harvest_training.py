@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from concept_ablation.core import harvest, trainer
-from concept_ablation.core.closed_form import ClosedFormSettings, edit
+from concept_ablation.core.closed_form import ClosedFormSettings, solution
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError, Diverged, IncompatibleDelta, Interrupted
@@ -160,7 +160,7 @@ def test_a_gradient_scale_and_checkpointing_change_the_arithmetic_not_the_delta(
 
 
 def test_training_begins_where_the_closed_form_ends(tiny, rows):
-    start = edit(tiny, [CAT], ClosedFormSettings(prompts=4, preserve_prompts=4), surrounding=[["dog"]])
+    start = solution(tiny, [CAT], ClosedFormSettings(prompts=4, preserve_prompts=4), surrounding=[["dog"]])
     kept = [tensor.clone() for tensor in tensors(start)]
     batch = replace(TRAIN, batch=24, preserve_batch=16)
     result = train_harvested(tiny, rows, batch, start=start)

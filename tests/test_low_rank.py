@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from concept_ablation.core import delta_file, harvest, low_rank, trainer
-from concept_ablation.core.closed_form import ClosedFormSettings, edit
+from concept_ablation.core.closed_form import ClosedFormSettings, solution
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings, build
 from concept_ablation.core.delta import Delta, LayerDelta, LowRank, contribution, factorize
@@ -203,7 +203,7 @@ def test_low_rank_training_comes_close_to_that_of_whole_matrices(tiny, rows):
 
 
 def test_low_rank_training_begins_with_the_best_approximation_of_a_start(tiny, rows):
-    start = edit(tiny, [CAT], ClosedFormSettings(prompts=4, preserve_prompts=4), surrounding=[["dog"]])
+    start = solution(tiny, [CAT], ClosedFormSettings(prompts=4, preserve_prompts=4), surrounding=[["dog"]])
     still = TrainSettings(steps=1, batch=4, learning_rate=1e-9, rank=2)
     begun = train_harvested(tiny, rows, still, start=start).delta
     best = low_rank.truncated(low_rank.factorized(start), 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,8 +104,40 @@ def test_all_methods_make_one_delta_and_merging_adds_up(modules, bench, monkeypa
         torch.testing.assert_close(layer.weight, total, atol=1e-3, rtol=2e-3)
     spent = sum(bench.make("union", [task])[0]["seconds"] for task in choice.tasks)
     assert bench.make("merged", choice.tasks)[0]["seconds"] >= spent
-    monkeypatch.setattr(modules.many_concepts, "edit", lambda *a, **k: pytest.fail("a finished job is done again"))
+    monkeypatch.setattr(modules.many_concepts, "ablate", lambda *a, **k: pytest.fail("a finished job is done again"))
     assert list(modules.many_concepts.measure(bench, CATEGORIES, [2], ["closed form"])) == rows[:1]
+
+
+def test_the_closed_form_is_the_preset_instant(modules, bench, make_model):
+    choice = modules.many_concepts.choose(CATEGORIES, 2, bench.sizes)
+    header = delta_file.load(bench.make("closed form", choice.tasks)[1]).metadata
+    made = recipe("instant", make_model())
+    used = json.loads(header["concept_ablation.settings"])
+    assert (used["auto_preserve"], used["generic"]) == (made.auto_preserve, made.generic) != (0, 0)
+    assert used["closed_form"] == {**asdict(made.closed_form), **bench.sizes.closed_form}
+    full = modules.many_concepts.Sizes()
+    assert replace(made.closed_form, **full.closed_form) == made.closed_form
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [([], "published"), (["--concepts", "2"], "outputs"), (["--methods", "union"], "outputs"), (["--tiny"], "tiny")],
+)
+def test_only_a_whole_run_is_published(modules, tmp_path, monkeypatch, given, where):
+    program, store = modules.many_concepts, modules.job_store
+    folders = {"published": tmp_path / "published", "outputs": tmp_path / "outputs", "tiny": tmp_path / "outputs/tiny"}
+    monkeypatch.setattr(store, "RESULTS", folders["published"])
+    monkeypatch.setattr(store, "FOLDER", folders["outputs"])
+    monkeypatch.setattr(program, "FOLDER", folders["outputs"])
+    monkeypatch.setattr(sys, "argv", ["many_concepts.py", *given])
+    monkeypatch.setattr(program, "load_denoiser", lambda: SimpleNamespace(fingerprint=lambda: ""))
+    monkeypatch.setattr(program, "load_hints", lambda _: SimpleNamespace(categories={}))
+    monkeypatch.setattr(program.Judge, "load", lambda: None)
+    monkeypatch.setattr(program, "measure", lambda *_: iter([{"row": 1}]))
+    monkeypatch.setattr(program, "_line", str)
+    program.main()
+    (written,) = tmp_path.rglob("many_concepts.json")
+    assert written.parent == folders[where] and json.loads(written.read_text("utf-8"))["tasks"] == [{"row": 1}]
 
 
 def found(candidate: str, score: float, rows: float) -> dict:

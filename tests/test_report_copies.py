@@ -66,3 +66,5 @@ def test_without_a_copy_detector_nothing_is_said_of_copies(tmp_path):
     text = page(tmp_path, result(FAIR.target, "target", 1.0, 0.0, ablation=FAIR.target))
     assert "cannot tell whether the memorised picture is still copied" in text
     assert "hardly ever" not in text
+    # nor is the judge's opinion taken for a count of copies
+    assert "is not never" not in text

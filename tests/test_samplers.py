@@ -323,6 +323,13 @@ def test_bad_settings_are_refused(settings, said):
         SampleSettings(**settings)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_schedule_has_no_step(name, steps, tiny):
+    with pytest.raises(AblationError, match=f"1.*steps?.*not {steps}"):
+        SCHEDULES[name](tiny.sigmas, steps)
+
+
 def test_more_steps_than_the_model_has_are_refused(tiny):
     with pytest.raises(AblationError, match="1 to 1000 steps with this model, not 1001"):
         sample_latents(tiny, ["a cat"], [1], SampleSettings(1001))

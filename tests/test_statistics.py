@@ -13,7 +13,10 @@ from concept_ablation.core.statistics import (
     group_index,
     mean_interval,
     ratio_interval,
+    share_difference,
     share_interval,
+    share_ratio,
+    unseen_share,
 )
 
 RNG = np.random.default_rng(7)
@@ -24,12 +27,6 @@ T_975 = {4: 2.776445, 9: 2.262157, 199: 1.971957}
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706205), (2, 4.302653), *T_975.items()])
 def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
     assert module._student(0.975, degrees) == pytest.approx(quantile, rel=2e-3)
-
-
-def test_an_unpaired_difference_is_as_sure_as_its_smaller_sample() -> None:
-    many = [float(value) for value in range(10)]
-    found = difference_interval([1.0, 2.0], many, [0, 0], second_groups=range(10), paired=False)
-    assert found.value == pytest.approx(3.0) and math.isnan(found.low) and math.isnan(found.high)
 
 
 def test_interval_of_many_values_is_that_of_the_central_limit_theorem() -> None:
@@ -115,30 +112,6 @@ def test_paired_difference_ignores_what_prompts_have_in_common() -> None:
     single = mean_interval(second - first)
     assert paired.value == pytest.approx(single.value)
     assert (paired.low, paired.high) == pytest.approx((single.low, single.high))
-    loose = difference_interval(first, second, paired=False)
-    assert loose.value == pytest.approx(paired.value)
-    assert loose.high - loose.low > 4 * (paired.high - paired.low)
-
-
-def test_unpaired_difference_has_the_variance_of_both_samples() -> None:
-    first, second = RNG.normal(0, 1, 150), RNG.normal(1, 3, 400)
-    found = difference_interval(first, second, paired=False, resamples=20_000)
-    half = 1.96 * math.sqrt(first.var(ddof=1) / 150 + second.var(ddof=1) / 400)
-    assert found.value == pytest.approx(second.mean() - first.mean())
-    assert found.high - found.low == pytest.approx(2 * half, rel=0.05)
-
-
-def test_unpaired_samples_have_groups_of_their_own() -> None:
-    first, second = RNG.normal(0, 1, 10), RNG.normal(1, 3, 6)
-    once = difference_interval(first, second, paired=False)
-    many = difference_interval(
-        np.repeat(first, 20),
-        np.repeat(second, 5),
-        np.repeat(range(10), 20),
-        second_groups=np.repeat(list("abcdef"), 5),
-        paired=False,
-    )
-    assert (many.value, many.low, many.high) == pytest.approx((once.value, once.low, once.high))
 
 
 def test_ratio_follows_the_delta_method() -> None:
@@ -174,6 +147,48 @@ def test_a_share_of_none_or_all_is_not_certain() -> None:
     assert everything.low == pytest.approx(1 - none.high)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "value"), [(True, False, -1), (False, True, 1), (True, True, 0), (False, False, 0)]
+)
+def test_a_difference_of_pictures_that_are_all_alike_is_not_certain(before: bool, after: bool, value: int) -> None:
+    groups = np.arange(200) % 10
+    found = share_difference([before] * 200, [after] * 200, groups)
+    # the rule of three
+    margin = pytest.approx(3 / 200, rel=0.02)
+    assert found.value == value
+    assert (found.low, found.high) == (max(-1.0, value - unseen_share(200)), min(1.0, value + unseen_share(200)))
+    assert found.high - value == (0 if value == 1 else margin) and value - found.low == (0 if value == -1 else margin)
+
+
+def test_a_ratio_of_pictures_that_are_all_alike_is_not_certain() -> None:
+    groups, hits = np.arange(200) % 10, np.arange(200) < 150
+    everything = share_ratio([True] * 200, [True] * 200, groups)
+    assert (everything.value, everything.low, everything.high) == (1, 1 - unseen_share(200), 1 + unseen_share(200))
+    same = share_ratio(hits, hits, groups)
+    # an unseen share of all pictures is a larger one of the three quarters
+    assert same.high - 1 == pytest.approx(4 / 3 * unseen_share(200)) and same.low == pytest.approx(2 - same.high)
+    nothing = share_ratio(hits, [False] * 200, groups)
+    assert (nothing.value, nothing.low) == (0, 0) and nothing.high == pytest.approx(4 / 3 * unseen_share(200))
+    for second in (hits, [False] * 200):
+        found = share_ratio([False] * 200, second, groups)
+        assert not math.isfinite(found.value) and not found.low < found.high
+
+
+def test_a_share_of_pictures_that_differ_is_resampled_as_any_other_figure() -> None:
+    before, after = RNG.random(200) < 0.8, RNG.random(200) < 0.3
+    groups = np.arange(200) % 10
+    assert share_difference(before, after, groups) == difference_interval(before, after, groups)
+    assert share_ratio(before, after, groups) == ratio_interval(before, after, groups)
+
+
+def test_prompts_that_all_change_alike_claim_no_certainty_for_the_noise_of_rounding() -> None:
+    # every prompt loses one picture of ten, from another number of hits
+    before = [place < hits for hits in (3, 7, 9) for place in range(10)]
+    after = [place < hits - 1 for hits in (3, 7, 9) for place in range(10)]
+    found = share_difference(before, after, np.repeat(np.arange(3), 10))
+    assert found.high - found.low == pytest.approx(2 * unseen_share(30))
+
+
 def test_one_group_gives_no_interval() -> None:
     for found in (mean_interval([0.3]), mean_interval([0.2, 0.4], ["a", "a"]), difference_interval([0.1], [0.4])):
         assert found.value == pytest.approx(0.3)
@@ -192,11 +207,6 @@ def test_many_values_are_resampled_in_parts() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 / math.sqrt(30_000), rel=0.15)
 
 
-def test_estimate_reads_well() -> None:
-    assert str(Estimate(0.85, 0.7912, 0.9)) == "0.85 [0.791, 0.9]"
-    assert str(Estimate(0.5, math.nan, math.nan)) == "0.5 (no interval)"
-
-
 @pytest.mark.parametrize("values", [[], [[1.0, 2.0]], [1.0, math.nan]])
 def test_other_values_are_refused(values: list) -> None:
     with pytest.raises(ValueError, match="values"):
@@ -204,9 +214,8 @@ def test_other_values_are_refused(values: list) -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="paired"):
-        difference_interval([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="paired"):
-        difference_interval([1.0], [1.0], second_groups=["a"])
+    for compared in (difference_interval, ratio_interval, share_difference, share_ratio):
+        with pytest.raises(ValueError, match="two equal lengths, not 2 and 1"):
+            compared([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="3 groups for 2 values"):
         mean_interval([1.0, 2.0], ["a", "b", "c"])

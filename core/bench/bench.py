@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..composition import COLOURS
 from ..copies import CopyDetector
 from ..denoiser import Denoiser
 from ..errors import AblationError
+from ..instruments import read_picture
 from ..metrics import Judge
 from ..presets import Recipe
 from ..progress import Progress, ProgressCallback
@@ -84,7 +85,8 @@ def open_bench(
     """A benchmark of `tasks`, all of one task list, in `folder`.
 
     Raises:
-        AblationError: two judges have the same name, or a memorized image cannot be read.
+        AblationError: two judges have the same name, a memorized image cannot be read, or `folder` has results of the
+            same model in another setup, which its keys do not tell apart.
     """
     if len({judge.name for judge in judges}) < len(judges):
         raise AblationError("Both judges have the same name: give the validation judge's folder another name.")
@@ -99,9 +101,21 @@ def open_bench(
         categories=digest(dict(categories or {})),
         prompts=digest([asdict(denoiser.prompt_source), asdict(denoiser.vocabulary)]),
     )
-    return Bench(
-        denoiser, tuple(judges), detector, originals, words, dict(categories or {}), Store(folder), protocol, tools
-    )
+    store = Store(folder)
+    _check_setup(store, tools.model, denoiser.setup())
+    return Bench(denoiser, tuple(judges), detector, originals, words, dict(categories or {}), store, protocol, tools)
+
+
+def _check_setup(store: Store, model: str, setup: Mapping[str, Any]) -> None:
+    """Raise AblationError if the folder has results of the model in another setup. Older ones do not say theirs."""
+    for found in store.results():
+        other = found.get("setup", setup)
+        if found.get("model") == model and other != setup:
+            differing = ", ".join(sorted(name for name in {*other, *setup} if other.get(name) != setup.get(name)))
+            raise AblationError(
+                f"The results in {store.root} were measured with another setup of the model ({differing}): give the "
+                "same options as then, such as --precision and --prediction, or another output folder."
+            )
 
 
 def read_pictures(tasks: Sequence[Task], folder: Path | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -115,11 +129,7 @@ def read_pictures(tasks: Sequence[Task], folder: Path | None) -> tuple[dict[str,
         path = folder / name if folder else None
         if path is None or not path.is_file():
             continue
-        try:
-            with Image.open(path) as picture:
-                images[name] = np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            raise AblationError(f"{path} is not a picture that can be read: replace it.") from error
+        images[name] = read_picture(path)
         digests[name] = hashlib.sha256(images[name].tobytes()).hexdigest()
     return images, digests
 

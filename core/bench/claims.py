@@ -13,7 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..statistics import Estimate
-from .figures import ACCURACY, CAPTION, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, difference, pool, share
+from .figures import (
+    ACCURACY,
+    CAPTION,
+    COPIES,
+    SURROUNDING,
+    TARGET,
+    Measured,
+    Pool,
+    as_json,
+    difference,
+    floor,
+    pool,
+    share,
+)
 
 Verdict = Literal["holds", "does not hold", "not measured", "met", "missed"]
 
@@ -40,6 +53,7 @@ class Claim:
     """The same by the validation judge: verdict, figure, agrees."""
 
     def to_json(self) -> dict[str, Any]:
+        """The claim as results.json has it."""
         return asdict(self)
 
 
@@ -185,45 +199,47 @@ def _several(measured: Sequence[Measured], judge: str | None) -> Claim:
 def _anchors(measured: Sequence[Measured], judge: str | None) -> Claim:
     id_ = "other-anchors-work"
     text = (
-        f"Other anchors of the category work as well: target accuracy is not higher by as much as {MARGIN:.2f} than "
-        "with the task's own anchor."
+        "Other anchors of the category work as well: with none of them is target accuracy, where each edit is judged "
+        f"against its own anchor, higher by as much as {MARGIN:.2f} than with the task's own anchor."
     )
-    rows = _of(measured, "anchors")
-    own = pool([one for one in rows if one.own_anchor], ACCURACY, judge, TARGET)
-    found = []
-    for variant in _by_other_anchor(rows):
-        others = pool(variant, ACCURACY, judge, TARGET)
-        estimate, over = difference(own, others)
+    compared, numbers = [], {}
+    for own, other in _by_other_anchor(_of(measured, "anchors")):
+        estimate, over = difference(*(pool(rows, ACCURACY, judge, TARGET) for rows in (own, other)))
         if estimate is None:
             continue
-        verdict, reason = _within(estimate.high)
-        numbers = {
-            "own anchor": as_json(share(own)),
-            "other anchor": as_json(share(others)),
-            "other anchors": {one.task: one.anchor for one in variant},
-        }
-        claim = Claim(id_, text, verdict, reason, as_json(estimate, over.images), numbers, over.tasks, judge)
-        found.append((estimate.high, claim))
-    if not found:
+        accuracies = {name: with_floor(rows, judge) for name, rows in (("own anchor", own), ("other anchor", other))}
+        numbers[f"{other[0].task} → {other[0].anchor}"] = {"difference": as_json(estimate), **accuracies}
+        compared.append((estimate, over, own, other))
+    if not compared:
         return not_measured(id_, text, "No task was measured with two anchors.", judge)
-    # the worst of the other anchors decides
-    return max(found, key=lambda pair: pair[0])[1]
+    # The claim is of every other anchor, so the worst one decides, by its own interval. That all of them must hold
+    # makes a false "holds" no more likely, and a pool would hide a bad anchor among good ones.
+    estimate, over, own, other = max(compared, key=lambda one: (math.isnan(one[0].high), one[0].high))
+    verdict, reason = _within(estimate.high)
+    said = [
+        f"{rows[0].anchor} {figures['after']['value']:.2f} with a floor of {figures['floor']:.2f}"
+        for rows in (other, own)
+        if (figures := with_floor(rows, judge)) is not None
+    ]
+    reason += f" The worst of {len(compared)}: {other[0].task} → {'; '.join(said) or other[0].anchor}."
+    tasks = len({rows[0].task for *_, rows in compared})
+    return Claim(id_, text, verdict, reason, as_json(estimate, over.images), numbers, tasks, judge)
 
 
-def _by_other_anchor(rows: Sequence[Measured]) -> list[list[Measured]]:
-    """The rows with the first other anchor of each task, those with the second, and so on."""
-    places: dict[str, list[str]] = {}
-    variants: list[list[Measured]] = []
+def _by_other_anchor(rows: Sequence[Measured]) -> list[tuple[list[Measured], list[Measured]]]:
+    """For each other anchor of each task: the rows with the task's own anchor, and those with the other one."""
+    own = {one.task: [row for row in rows if row.task == one.task and row.own_anchor] for one in rows}
+    other: dict[tuple[str, str], list[Measured]] = {}
     for one in rows:
-        if one.own_anchor:
-            continue
-        anchors = places.setdefault(one.task, [])
-        if one.anchor not in anchors:
-            anchors.append(one.anchor)
-        while len(variants) < len(anchors):
-            variants.append([])
-        variants[anchors.index(one.anchor)].append(one)
-    return variants
+        if not one.own_anchor:
+            other.setdefault((one.task, one.anchor), []).append(one)
+    return [(own[task], found) for (task, _), found in other.items()]
+
+
+def with_floor(rows: Sequence[Measured], judge: str | None) -> dict[str, Any] | None:
+    """Target accuracy and its floor (`figures.floor`); None unless both were measured."""
+    after, least = share(pool(rows, ACCURACY, judge, TARGET)), floor(rows, judge)
+    return None if after is None or least is None else {"after": as_json(after), "floor": least}
 
 
 def _little(id_: str, text: str, first: Sequence[Measured], second: Sequence[Measured], judge: str | None) -> Claim:

@@ -13,15 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..statistics import (
-    RESAMPLES,
-    Estimate,
-    difference_interval,
-    mean_interval,
-    ratio_interval,
-    share_interval,
-    unseen_share,
-)
+from ..kid import Kid
+from ..statistics import RESAMPLES, Estimate, mean_interval, share_difference, share_interval, share_ratio
 from .measures import Observation
 
 FEW_RESAMPLES = 2_000
@@ -89,7 +82,7 @@ class Pool:
         return len({cluster[0] for cluster, _ in self.counts})
 
     def hits(self, when: str) -> tuple[np.ndarray, list[Cluster]]:
-        """One bool for each picture "before" or "after", and its cluster."""
+        """Whether each picture "before" or "after" has the property, bool [images], and the cluster of each."""
         values, groups = [], []
         for (cluster, _), one in self.counts.items():
             count = one.before if when == "before" else one.after
@@ -119,12 +112,12 @@ def share(found: Pool, when: str = "after", resamples: int = RESAMPLES) -> Estim
 
 def change(found: Pool, resamples: int = RESAMPLES) -> Estimate | None:
     """After minus before."""
-    return _paired(difference_interval, found, resamples)
+    return _paired(share_difference, found, resamples)
 
 
 def kept(found: Pool, resamples: int = RESAMPLES) -> Estimate | None:
     """After divided by before."""
-    return _paired(ratio_interval, found, resamples)
+    return _paired(share_ratio, found, resamples)
 
 
 def difference(first: Pool, second: Pool) -> tuple[Estimate | None, Pool]:
@@ -137,35 +130,44 @@ def difference(first: Pool, second: Pool) -> tuple[Estimate | None, Pool]:
         if key in first.counts and first.counts[key].images == one.images
     }
     paired = Pool({key: Counts(one.after, other.after, other.images) for key, (one, other) in common.items()})
-    estimate = change(paired)
-    if estimate is not None and estimate.low == estimate.high:
-        # all alike: resampling finds nothing else, which is no certainty (as in `share_interval`)
-        margin = unseen_share(paired.images)
-        estimate = Estimate(estimate.value, max(-1.0, estimate.low - margin), min(1.0, estimate.high + margin))
-    return estimate, Pool({key: other for key, (_, other) in common.items()})
+    return change(paired), Pool({key: other for key, (_, other) in common.items()})
 
 
-def mean_score(measured: Iterable[Measured], measure: str, judge: str | None, roles: Iterable[str]) -> Estimate | None:
-    """Mean cosine after the edit, over prompts."""
+def floor(measured: Iterable[Measured], judge: str | None) -> float | None:
+    """Which share of the pretrained model's pictures of the anchor a judge takes for the target: the target accuracy of
+    an edit that draws just those in the target's place. None where none were measured.
+    """
+    anchors = share(pool(measured, ACCURACY, judge, ("anchor",)), "before", FEW_RESAMPLES)
+    return None if anchors is None else round(1 - anchors.value, 4)
+
+
+def mean_score(
+    measured: Iterable[Measured], measure: str, judge: str | None, roles: Iterable[str], when: str = "after"
+) -> Estimate | None:
+    """Mean cosine "before" or "after" the edit, over prompts."""
     wanted, values, groups = set(roles), [], []
     for one in measured:
         for seen in one.observations:
-            if seen.measure == measure and seen.judge == judge and seen.role in wanted and seen.score_after:
-                values += seen.score_after
+            scores = seen.score_before if when == "before" else seen.score_after
+            if seen.measure == measure and seen.judge == judge and seen.role in wanted and scores:
+                values += scores
                 groups += [(one.task, seen.role, seen.name, prompt) for prompt in seen.prompts]
     return mean_interval(values, groups, resamples=FEW_RESAMPLES) if values else None
 
 
-def mean_kid(measured: Iterable[Measured], judge: str | None, roles: Iterable[str]) -> float | None:
-    """Mean kernel distance between the pictures before and after; of each name it has its own error."""
+def mean_kid(measured: Iterable[Measured], judge: str | None, roles: Iterable[str]) -> Kid | None:
+    """Mean kernel distance between the pictures before and after, over names, whose errors are independent."""
     wanted = set(roles)
-    values = [
-        seen.kid
+    found = [
+        (seen.kid, math.nan if seen.kid_error is None else seen.kid_error)
         for one in measured
         for seen in one.observations
         if seen.measure == ACCURACY and seen.judge == judge and seen.role in wanted and seen.kid is not None
     ]
-    return sum(values) / len(values) if values else None
+    if not found:
+        return None
+    values, errors = zip(*found, strict=True)
+    return Kid(sum(values) / len(found), math.hypot(*errors) / len(found))
 
 
 def as_json(estimate: Estimate | None, images: int | None = None) -> dict[str, Any] | None:
@@ -184,4 +186,4 @@ def _paired(interval: Callable[..., Estimate], found: Pool, resamples: int) -> E
         return None
     first, groups = found.hits("before")
     second, _ = found.hits("after")
-    return interval(first.astype(float), second.astype(float), groups, resamples=resamples)
+    return interval(first, second, groups, resamples=resamples)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..statistics import Estimate
 from ..tasks import Task
-from .claims import Claim, Rule, Verdict, checked
+from .claims import Claim, Rule, Verdict, checked, with_floor
 from .figures import ACCURACY, CAPTION, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
 
 TARGET_GOAL, KEPT_GOAL, MISSPELLED_GOAL = 0.05, 0.98, 0.10
@@ -52,8 +52,12 @@ def agreement(conclusions: Sequence[Claim], judges: Sequence[str]) -> Claim:
     against = sorted(name for name, agrees in decided.items() if not agrees)
     undecided = sorted(opinions.keys() - decided.keys())
     reason = f"It disagrees on {', '.join(against)}." if against else f"It agrees on {len(decided)} conclusions."
+    if undecided:
+        reason += f" Not measured: {', '.join(undecided)}."
     numbers = {"agrees on": len(decided) - len(against), "of": len(decided), "not measured": undecided}
-    return Claim(id_, text, "missed" if against else "met", reason, None, numbers, 0, judges[1])
+    # what is not measured yet may still go against it
+    verdict: Verdict = "missed" if against else "not measured" if undecided else "met"
+    return Claim(id_, text, verdict, reason, None, numbers, 0, judges[1])
 
 
 def _target(tasks: Sequence[Task]) -> Rule:
@@ -62,7 +66,7 @@ def _target(tasks: Sequence[Task]) -> Rule:
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
         over = pool(_of_kinds(measured, _NAMED), ACCURACY, judge, TARGET)
         claim = _at_most("target-accuracy", text, over, TARGET_GOAL, _named(tasks, _NAMED), judge)
-        by_kind = {kind: _with_floor(_of_kinds(measured, (kind,)), judge) for kind in _NAMED}
+        by_kind = {kind: with_floor(_of_kinds(measured, (kind,)), judge) for kind in _NAMED}
         said = [
             f"{kind}s {figures['after']['value']:.2f} with a floor of {figures['floor']:.2f}"
             for kind, figures in by_kind.items()
@@ -72,19 +76,6 @@ def _target(tasks: Sequence[Task]) -> Rule:
         return replace(claim, reason=reason, numbers={**claim.numbers, **by_kind})
 
     return rule
-
-
-def _with_floor(rows: Sequence[Measured], judge: str | None) -> dict[str, Any] | None:
-    """Target accuracy, and what drawing the pretrained model's pictures of the anchor in the target's place would come
-    to, as the judge takes some of those for the target.
-    """
-    after, anchors = (
-        share(pool(rows, ACCURACY, judge, TARGET)),
-        share(pool(rows, ACCURACY, judge, ("anchor",)), "before"),
-    )
-    if after is None or anchors is None:
-        return None
-    return {"after": as_json(after), "floor": round(1 - anchors.value, 4)}
 
 
 def _misspelled(tasks: Sequence[Task]) -> Rule:

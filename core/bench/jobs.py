@@ -20,7 +20,7 @@ from ..delta import Delta
 from ..errors import AblationError, Interrupted
 from ..files import replacing
 from ..leak_candidates import Words, plain_prompts, words_from_categories
-from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, scan, summary
+from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, leak_verdict, scan, summary
 from ..leaks import write_leak_report as write_report
 from ..merged import merged
 from ..metrics import Judge
@@ -180,9 +180,7 @@ def _second_opinion(bench: Bench, report: LeakReport, recognise: Recogniser) -> 
         if one.images_after is None:
             continue
         share = share_interval(recognise(one.images_after) > 0)
-        verdict = (
-            "leak" if share.low > false_alarms.high else "possible" if share.value > false_alarms.value else "none"
-        )
+        verdict = leak_verdict(share, false_alarms)
         findings.append({"prompt": one.candidate.prompt, "verdict": verdict, "after": asdict(share)})
     return {"judge": bench.judges[1].name, "false_alarms": asdict(false_alarms), "findings": findings}
 
@@ -225,7 +223,7 @@ def _target_images(bench: Bench, concept: Concept) -> TargetImages:
     except (SafetensorError, OSError, KeyError):
         drawn = draw_target(bench.denoiser, concept, replace(settings, draw_batch=bench.batch), bench.progress)
     with replacing(path) as temporary:
-        carriers = torch.tensor(drawn.carriers or ())
+        carriers = torch.tensor(drawn.carriers)
         save_file({"latents": drawn.latents.cpu().contiguous(), "carriers": carriers}, temporary)
     return drawn
 

@@ -159,7 +159,7 @@ def _kid(before: Tensor, after: Tensor, unit: Unit) -> tuple[float | None, float
     if unit.pictures < 2:
         return None, None
     groups = np.repeat(np.arange(len(unit.prompts)), len(unit.seeds))
-    found = kid(spherical(before), spherical(after), groups, paired=True)
+    found = kid(spherical(before), spherical(after), groups)
     return _finite(found.value), _finite(found.standard_error)
 
 

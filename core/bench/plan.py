@@ -52,7 +52,8 @@ class Protocol:
     """Sampling steps of each picture."""
     guidance: float = 4.0
     first_seed: int = 5000
-    """No recipe and no other script of this project draws with the seeds from here on."""
+    """Of the pictures of every name. No dataset has these seeds and no setting was chosen by them. The report on the
+    embedded model (tools/emoji_diffusion/quality.py) draws captions of memorized images with some of them, too."""
     checkpoints: tuple[int, ...] = (25, 50, 100, 200)
     """Training steps at which the objectives are compared."""
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -168,6 +169,7 @@ class Unit:
 
     @property
     def pictures(self) -> int:
+        """How many."""
         return len(self.prompts) * len(self.seeds)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import replacing
-from .tables import is_default, mean
+from .tables import comparable, comparable_objectives, is_default, main_judge, mean
 
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -48,8 +48,8 @@ def _tasks(results: Results) -> Figure | None:
         return None
     figure = Figure(figsize=(max(_WIDTH, 0.6 * len(rows) + 2), 2 * _HEIGHT))
     for axes, role in zip(figure.subplots(2, 1), ("target", "surrounding"), strict=True):
-        found = [(row["task"], row["judges"][_main(results)].get(role)) for row in rows]
-        floors = [row["judges"][_main(results)]["floor"] for row in rows] if role == "target" else []
+        found = [(row["task"], row["judges"][main_judge(results)].get(role)) for row in rows]
+        floors = [row["judges"][main_judge(results)]["floor"] for row in rows] if role == "target" else []
         _before_after(axes, [(name, values) for name, values in found if values], floors)
         axes.set_ylabel(f"CLIP accuracy, {role}")
     return figure
@@ -57,18 +57,22 @@ def _tasks(results: Results) -> Figure | None:
 
 def _objectives(results: Results) -> Figure | None:
     """Fig. 3 and 12: accuracy against training steps, by objective."""
-    rows = _judged(results, "objectives")
-    if not rows:
+    rows, judge = _judged(results, "objectives"), main_judge(results)
+    by_kind = {
+        kind: compared
+        for kind in dict.fromkeys(row["kind"] for row in rows)
+        if (compared := comparable_objectives(rows, judge, kind))
+    }
+    if not by_kind:
         return None
-    kinds, judge = list(dict.fromkeys(row["kind"] for row in rows)), _main(results)
     steps = sorted({row["step"] for row in rows})
-    figure = Figure(figsize=(2 * _WIDTH, _HEIGHT * len(kinds)))
-    grid = figure.subplots(len(kinds), 2, squeeze=False)
-    for line, kind in zip(grid, kinds, strict=True):
+    figure = Figure(figsize=(2 * _WIDTH, _HEIGHT * len(by_kind)))
+    grid = figure.subplots(len(by_kind), 2, squeeze=False)
+    for line, (kind, compared) in zip(grid, by_kind.items(), strict=True):
         for axes, role in zip(line, ("target", "surrounding"), strict=True):
-            for place, name in enumerate(dict.fromkeys(row["objective"] for row in rows)):
-                start = _mean_before(rows, judge, role, kind=kind, objective=name)
-                values = [mean(rows, judge, role, kind=kind, objective=name, step=step) for step in steps]
+            for place, name in enumerate(dict.fromkeys(row["objective"] for row in compared)):
+                start = _mean_before(compared, judge, role)
+                values = [mean(compared, judge, role, objective=name, step=step) for step in steps]
                 points = [(0, start), *zip(steps, values, strict=True)]
                 known = [(step, value) for step, value in points if value is not None]
                 axes.plot(*zip(*known, strict=True), marker="o", markersize=3, color=_colour(place), label=name)
@@ -79,7 +83,10 @@ def _objectives(results: Results) -> Figure | None:
 
 def _subsets(results: Results) -> Figure | None:
     """Fig. 4 and 6: target, misspelled target and surrounding accuracy, by parameter subset."""
-    rows = {kind: _judged(results, name) for kind, name in (("instances", "subsets"), ("styles", "styles"))}
+    rows = {
+        kind: comparable(_judged(results, name), lambda row: row["subset"])
+        for kind, name in (("instances", "subsets"), ("styles", "styles"))
+    }
     rows = {kind: found for kind, found in rows.items() if found}
     if not rows:
         return None
@@ -87,15 +94,18 @@ def _subsets(results: Results) -> Figure | None:
     for axes, (kind, found) in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True):
         groups = list(dict.fromkeys(row["subset"] for row in found))
         roles = ("target", "misspelled", "surrounding")
-        series = {name: [mean(found, _main(results), role, subset=name) for role in roles] for name in groups}
+        series = {name: [mean(found, main_judge(results), role, subset=name) for role in roles] for name in groups}
         _bars(axes, roles, series)
         _style(axes, kind, None)
     return figure
 
 
 def _memorized(results: Results) -> Figure | None:
-    """Table 1: share of copies of each memorized picture, by method."""
+    """Table 1: share of copies of each memorized picture, by method. A picture that some method was not measured on is
+    left out: a bar that is not there looks like one of no copies.
+    """
     rows = [row for row in results.get("memorized") or () if row["copies"]]
+    rows = comparable(rows, lambda row: row["method"])
     if not rows:
         return None
     names = list(dict.fromkeys(row["task"] for row in rows))
@@ -111,17 +121,26 @@ def _memorized(results: Results) -> Figure | None:
 
 
 def _several(results: Results) -> Figure | None:
-    """Fig. 10: one model for each concept against one model for all."""
-    rows = _judged(results, "several")
-    if not rows:
+    """Fig. 10: one model for each concept against one model for all, by the tasks and surrounding concepts of both: a
+    target of the latter surrounds nothing there.
+    """
+    rows, judge = _judged(results, "several"), main_judge(results)
+    by_kind = {
+        kind: pairs
+        for kind in dict.fromkeys(row["kind"] for row in rows)
+        if (pairs := _single_and_joint([row for row in rows if row["kind"] == kind], judge))
+    }
+    if not by_kind:
         return None
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    figure = Figure(figsize=(_WIDTH * len(kinds), _HEIGHT))
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        series = {}
-        for label, joint in (("one model each", False), ("one model", True)):
-            chosen = [row for row in rows if row["kind"] == kind and (row["concepts_in_the_edit"] > 1) == joint]
-            series[label] = [mean(chosen, _main(results), role) for role in ("target", "surrounding")]
+    figure = Figure(figsize=(_WIDTH * len(by_kind), _HEIGHT))
+    for axes, (kind, pairs) in zip(figure.subplots(1, len(by_kind), squeeze=False)[0], by_kind.items(), strict=True):
+        series = {
+            label: [
+                _average(pair[place]["target"]["after"]["value"] for pair in pairs),
+                _average(shares[place] for pair in pairs if (shares := _surrounding_of_both(pair))),
+            ]
+            for place, label in enumerate(("one model each", "one model"))
+        }
         _bars(axes, ("target", "surrounding"), series)
         _style(axes, f"{kind}s", None)
     return figure
@@ -135,7 +154,7 @@ def _anchors(results: Results) -> Figure | None:
     figure = Figure(figsize=(max(_WIDTH, 0.8 * len(rows) + 2), _HEIGHT))
     axes = figure.subplots()
     _before_after(
-        axes, [(f"{row['task']}\n→ {row['anchor']}", row["judges"][_main(results)]["target"]) for row in rows]
+        axes, [(f"{row['task']}\n→ {row['anchor']}", row["judges"][main_judge(results)]["target"]) for row in rows]
     )
     axes.set_ylabel("CLIP accuracy, target")
     return figure
@@ -160,8 +179,9 @@ def _limits(results: Results) -> Figure | None:
 
 def _attack(results: Results) -> Figure | None:
     """Success of an optimised prompt against its budget, mean over tasks."""
-    judge = _main(results)
+    judge = main_judge(results)
     rows = [row for row in results.get("attack") or () if not row["failed"] and judge in row["curves"]]
+    rows = comparable(rows, lambda row: row["method"])
     if not rows:
         return None
     figure = Figure(figsize=(_WIDTH * 1.3, _HEIGHT))
@@ -190,26 +210,45 @@ PLOTS: dict[str, Callable[[Results], Figure | None]] = {
 
 def _judged(results: Results, name: str) -> list[Row]:
     """The rows of an experiment that the main judge has seen."""
-    return [row for row in results.get(name) or () if _main(results) in row["judges"]]
+    return [row for row in results.get(name) or () if main_judge(results) in row["judges"]]
 
 
-def _main(results: Results) -> str:
-    return results["settings"]["judges"][0]
+def _single_and_joint(rows: Sequence[Row], judge: str) -> list[tuple[Row, Row]]:
+    """What a judge says of an edit of one concept and of one of several, for each task and seed that has both."""
+    single, joint = (
+        {
+            (row["task"], row["seed"]): row["judges"][judge]
+            for row in rows
+            if (row["concepts_in_the_edit"] > 1) == several
+        }
+        for several in (False, True)
+    )
+    return [(found, joint[run]) for run, found in single.items() if run in joint]
 
 
-def _mean_before(rows: Sequence[Row], judge: str, role: str, **wanted: object) -> float | None:
-    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-    values = [row["judges"][judge][role]["before"]["value"] for row in found if role in row["judges"][judge]]
-    return sum(values) / len(values) if values else None
+def _surrounding_of_both(pair: tuple[Row, Row]) -> list[float]:
+    """Accuracy of the surrounding concepts that two edits have in common, after each; empty if they have none."""
+    names = pair[0]["surrounding_by_name"].keys() & pair[1]["surrounding_by_name"].keys()
+    return [sum(one["surrounding_by_name"][name][1] for name in names) / len(names) for one in pair if names]
+
+
+def _average(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
+
+
+def _mean_before(rows: Sequence[Row], judge: str, role: str) -> float | None:
+    """Over tasks, each of which has the same pictures before all edits."""
+    found = {row["task"]: row["judges"][judge][role] for row in rows if role in row["judges"][judge]}
+    return _average(one["before"]["value"] for one in found.values())
 
 
 def _copy_rate(rows: Sequence[Row], when: str, **wanted: object) -> float | None:
-    values = [
+    return _average(
         row["copies"]["target"][when]["value"]
         for row in rows
         if all(row[name] == value for name, value in wanted.items())
-    ]
-    return sum(values) / len(values) if values else None
+    )
 
 
 def _bars(

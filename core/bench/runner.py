@@ -128,7 +128,7 @@ def run(
 
 
 def environment(bench: Bench) -> dict[str, Any]:
-    """What figures may depend on beside the settings."""
+    """The model, and where its results are written from; those say themselves where they come from."""
     return {
         "machine": f"{platform.system()} {platform.machine()}",
         "device": _device(bench),
@@ -156,6 +156,9 @@ def _run_one(bench: Bench, one: Planned) -> None:
         "seconds": round(seconds, 3),
         "machine": platform.node(),
         "device": _device(bench),
+        "torch": torch.__version__,
+        "model": bench.tools.model,
+        "setup": bench.denoiser.setup(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "result": result,
     }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..files import replacing
+from ..fonts import load_font
 from .plan import Unit
 
 COLUMNS = 6
@@ -38,8 +38,7 @@ def write_sheet(path: Path, rows: Sequence[tuple[Unit, list[np.ndarray], list[np
     height = _LABEL + _TILE + 2 * _GAP
     canvas = Image.new("RGB", (max(3 * _MARGIN + 2 * half, 420), 2 * _MARGIN + height * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
-    # matplotlib's own font knows far more alphabets than the one built into Pillow
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 11)
+    font = load_font(11)
     for place, (unit, before, after) in enumerate(rows):
         top = _MARGIN + place * height
         draw.text((_MARGIN, top), f"{unit.role}: {unit.name}", "black", font)

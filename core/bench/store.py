@@ -45,9 +45,11 @@ class Store:
         self.root = root
 
     def result_path(self, key: str) -> Path:
+        """The file of a job's result, which need not be there."""
         return self.root / "jobs" / f"{key}.json"
 
     def claim_path(self, key: str) -> Path:
+        """The file that is there while somebody works on a job."""
         return self.root / "jobs" / f"{key}.claim"
 
     def cache(self, kind: str, key: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 from ..statistics import share_interval
@@ -20,6 +21,7 @@ from .figures import (
     Measured,
     as_json,
     change,
+    floor,
     kept,
     mean_kid,
     mean_score,
@@ -76,7 +78,7 @@ def results(
     default: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What results.json holds.
+    """What results.json holds. `environment` is that of whoever writes it, `cost` says what measured.
 
     Args:
         bench: the benchmark.
@@ -88,7 +90,7 @@ def results(
     measured = collect(bench, plan, tasks)
     judges = [judge.name for judge in bench.judges]
     keys = {one.key for planned in plan.values() for one in planned}
-    stored = [found for key in keys if (found := bench.store.result(key))]
+    stored = {key: found for key in sorted(keys) if (found := bench.store.result(key))}
     rows = {name: [one for one in measured if one.experiment == name] for name in plan}
     done = {name: [one for one in found if not one.result.get("failed")] for name, found in rows.items()}
     # half an experiment would decide a claim by the tasks that happened to come first
@@ -115,12 +117,16 @@ def results(
             for name, planned in plan.items()
         },
         "cost": {
-            "measurements": sum("failed" not in found["result"] for found in stored),
+            "measurements": sum("failed" not in found["result"] for found in stored.values()),
             "of": len(keys),
-            "rows": sum(found["rows"] for found in stored),
-            "seconds": round(sum(found["seconds"] for found in stored), 1),
-            "machines": sorted({found["machine"] for found in stored}),
+            "rows": sum(found["rows"] for found in stored.values()),
+            "seconds": round(sum(found["seconds"] for found in stored.values()), 1),
+            "machines": sorted({found["machine"] for found in stored.values()}),
+            "devices": sorted({found["device"] for found in stored.values()}),
+            # results of before do not say
+            "torch": sorted({found["torch"] for found in stored.values() if "torch" in found}),
         },
+        "keys": list(stored),
         "tasks": tables.pop("table", []),
         **tables,
         "limits": [_leaks(one) for one in rows.get("limits", ())],
@@ -160,21 +166,18 @@ def _evaluated(one: Measured, judges: Sequence[str]) -> Row:
 def _by_judge(one: Measured, judge: str) -> Row:
     roles = sorted({seen.role for seen in one.observations if seen.judge == judge})
     words = sorted({seen.measure for seen in one.observations if seen.judge == judge} - {ACCURACY, COPIES})
-    row: Row = {"floor": None, "words": {}}
-    anchors = pool([one], ACCURACY, judge, ("anchor",))
-    floor = share(anchors, "before", FEW_RESAMPLES)
-    if floor is not None:
-        # the share of the pretrained model's own anchor pictures that the judge takes for the target
-        row["floor"] = round(1 - floor.value, 4)
+    row: Row = {"floor": floor([one], judge), "words": {}}
     for role in roles:
-        found = pool([one], ACCURACY, judge, (role,))
+        found, distance = pool([one], ACCURACY, judge, (role,)), mean_kid([one], judge, (role,))
         row[role] = {
             "before": as_json(share(found, "before", FEW_RESAMPLES)),
             "after": as_json(share(found, resamples=FEW_RESAMPLES), found.images),
             "change": as_json(change(found, FEW_RESAMPLES)),
             "kept": as_json(kept(found, FEW_RESAMPLES)) if role == "surrounding" else None,
+            "score_before": as_json(mean_score([one], ACCURACY, judge, (role,), "before")),
             "score_after": as_json(mean_score([one], ACCURACY, judge, (role,))),
-            "kid": mean_kid([one], judge, (role,)),
+            "kid": distance.value if distance else None,
+            "kid_error": distance.standard_error if distance and isfinite(distance.standard_error) else None,
         }
     row["surrounding_by_name"] = {
         seen.name: [round(sum(counts) / (seen.images * len(seen.prompts)), 4) for counts in (seen.before, seen.after)]
@@ -201,6 +204,7 @@ def _copies(one: Measured) -> Row | None:
         role: {
             "before": as_json(share(counts, "before", FEW_RESAMPLES)),
             "after": as_json(share(counts, resamples=FEW_RESAMPLES), counts.images),
+            "similarity_before": as_json(mean_score([one], COPIES, None, (role,), "before")),
             "similarity_after": as_json(mean_score([one], COPIES, None, (role,))),
         }
         for role, counts in found.items()

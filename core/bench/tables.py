@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 Results = Mapping[str, Any]
@@ -20,7 +20,7 @@ _TITLES = {
 
 def markdown(results: Results, level: int = 2) -> str:
     """All tables, each under a heading of that level; experiments without results are left out."""
-    mark = "#" * level
+    mark, judge = "#" * level, main_judge(results)
     parts = [
         f"{mark} Goals\n\n{conclusions(results['goals'])}",
         f"{mark} The paper's claims\n\n{conclusions(results['claims'])}",
@@ -28,13 +28,11 @@ def markdown(results: Results, level: int = 2) -> str:
     for name, title in _TITLES.items():
         rows = results.get(name) or []
         if rows:
-            parts.append(f"{mark} {title}\n\n{evaluations(rows, _main(results), memorized=name == 'memorized')}")
+            parts.append(f"{mark} {title}\n\n{evaluations(rows, judge, memorized=name == 'memorized')}")
     if results.get("objectives"):
-        parts.append(
-            f"{mark} Objectives against steps (Fig. 3 and 12)\n\n{objectives(results['objectives'], _main(results))}"
-        )
+        parts.append(f"{mark} Objectives against steps (Fig. 3 and 12)\n\n{objectives(results['objectives'], judge)}")
     if results.get("tasks"):
-        parts.append(f"{mark} Composition kept\n\n{composition(results['tasks'], _main(results))}")
+        parts.append(f"{mark} Composition kept\n\n{composition(results['tasks'], judge)}")
     if results.get("limits"):
         parts.append(f"{mark} What still leaks (Fig. 14)\n\n{leaks(results['limits'])}")
     if results.get("attack"):
@@ -43,15 +41,17 @@ def markdown(results: Results, level: int = 2) -> str:
 
 
 def provenance(results: Results) -> str:
-    """One sentence: on what, how much, with what, how long."""
+    """One sentence: on what, how much, with what, how long; of the machines that measured."""
     where, protocol, cost = results["environment"], results["settings"]["protocol"], results["cost"]
     judges = results["settings"]["judges"]
+    machines = ", ".join([*cost["devices"], *(f"torch {version}" for version in cost["torch"])])
     return (
         f"{where['model']} ({where['model_sha256'][:12]}), {protocol['prompts']} held-out prompts × "
         f"{protocol['images']} images a concept, {protocol['steps']} steps, judged by {' and '.join(judges)}; "
         f"{cost['measurements']} of {cost['of']} measurements, "
-        f"{cost['rows'] / 1e6:.2f} million network rows in {cost['seconds'] / 3600:.1f} hours on {where['device']} "
-        f"({where['machine']}), torch {where['torch']}; {results['made'][:10]}. Intervals are of 95 %."
+        f"{cost['rows'] / 1e6:.2f} million network rows in {cost['seconds'] / 3600:.1f} hours"
+        f"{' on ' + machines if machines else ''}; "
+        f"{results['made'][:10]}. Intervals are of 95 %."
     )
 
 
@@ -98,16 +98,26 @@ def evaluations(rows: Sequence[Row], judge: str, *, memorized: bool = False) -> 
 
 
 def objectives(rows: Sequence[Row], judge: str) -> str:
-    """Target and surrounding accuracy by objective and step, mean over tasks of each kind."""
+    """Target and surrounding accuracy by objective and step, mean over the tasks of each kind that all objectives were
+    measured on.
+    """
     steps = sorted({row["step"] for row in rows})
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        for name in dict.fromkeys(row["objective"] for row in rows):
+        compared = comparable_objectives(rows, judge, kind)
+        for name in dict.fromkeys(row["objective"] for row in compared):
             for role in ("target", "surrounding"):
-                means = [mean(rows, judge, role, kind=kind, objective=name, step=step) for step in steps]
+                means = [mean(compared, judge, role, objective=name, step=step) for step in steps]
                 cells = ["–" if value is None else f"{value:.2f}" for value in means]
                 lines.append([kind, name or "", role, *cells])
     return table(["kind", "objective", "accuracy of", *(f"{step} steps" for step in steps)], lines)
+
+
+def comparable_objectives(rows: Sequence[Row], judge: str, kind: str) -> list[Row]:
+    """The rows by which objectives can be compared on a kind of concept."""
+    return comparable(
+        [row for row in rows if row["kind"] == kind and judge in row["judges"]], lambda row: row["objective"]
+    )
 
 
 def composition(rows: Sequence[Row], judge: str) -> str:
@@ -153,19 +163,44 @@ def attacks(rows: Sequence[Row]) -> str:
     return table(["task", "method", "judge", *(f"{step} steps" for step in steps)], lines)
 
 
+def main_judge(results: Results) -> str:
+    """The judge whose figures are shown."""
+    return results["settings"]["judges"][0]
+
+
 def is_default(results: Results, row: Row) -> bool:
     """Whether a row is by the default method of its kind of concept."""
     return row["method"] == results["settings"]["default_method"].get(row["kind"])
 
 
+def comparable(rows: Sequence[Row], series: Callable[[Row], Hashable]) -> list[Row]:
+    """The rows of those tasks, and seeds, that every series has some row of: means over different tasks cannot be
+    compared.
+
+    Args:
+        rows: of one comparison.
+        series: what is compared, such as a row's subset.
+    """
+    runs: dict[Hashable, set[Hashable]] = {}
+    for row in rows:
+        runs.setdefault(series(row), set()).add(_run(row))
+    common = set.intersection(*runs.values()) if runs else set()
+    return [row for row in rows if _run(row) in common]
+
+
 def mean(rows: Sequence[Row], judge: str, role: str, **wanted: object) -> float | None:
-    """Mean accuracy after the edit over the rows that have it and the `wanted` values."""
-    found = [
-        row["judges"][judge][role]["after"]["value"]
-        for row in rows
-        if all(row[name] == value for name, value in wanted.items()) and role in row["judges"].get(judge, {})
-    ]
-    return sum(found) / len(found) if found else None
+    """Mean accuracy after the edit over the rows with the `wanted` values; None where one of the tasks in `rows` has no
+    such row, as after a training that diverged.
+    """
+    having = [row for row in rows if role in row["judges"].get(judge, {})]
+    found = [row for row in having if all(row[name] == value for name, value in wanted.items())]
+    if not found or {_run(row) for row in found} != {_run(row) for row in having}:
+        return None
+    return sum(row["judges"][judge][role]["after"]["value"] for row in found) / len(found)
+
+
+def _run(row: Row) -> Hashable:
+    return row["task"], row.get("seed")
 
 
 def figure(estimate: Row | None, *, percent: bool = False) -> str:
@@ -198,7 +233,3 @@ def _moved(found: Row, role: str) -> str:
 
 def _count(estimate: Row | None) -> str:
     return f", n = {estimate['n']:,}" if estimate and "n" in estimate else ""
-
-
-def _main(results: Results) -> str:
-    return results["settings"]["judges"][0]
