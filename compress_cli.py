@@ -112,10 +112,13 @@ def _of_rank(factors: Delta, rank: int) -> Delta:
     """The approximation of that rank as its file will give it back, with its rank in the header."""
     import torch
 
+    from .core.delta_header import METRICS
     from .core.low_rank import truncated
 
     low = truncated(factors, rank).rounded(torch.float16)
-    return replace(low, metadata={**low.metadata, "concept_ablation.rank": str(rank)})
+    # what was measured of the whole delta was not measured of this one
+    header = {name: value for name, value in low.metadata.items() if name != METRICS}
+    return replace(low, metadata={**header, "concept_ablation.rank": str(rank)})
 
 
 def _concepts(

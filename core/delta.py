@@ -9,6 +9,7 @@ stored is `delta_file`'s business; which layers to edit, `subsets`'.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,11 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .delta_header import METRICS
 from .denoiser import Denoiser
 from .errors import AblationError, IncompatibleDelta
 
 TEXT_PREFIXES = ("lora_te", "text_encoders.")
 """How the names of text encoder layers begin in LoRA files; everything else belongs to the denoising network."""
+
+_SPELLINGS = (
+    (
+        r"lora_unet_(down_blocks|mid_block|up_blocks)_",
+        r"lora_unet_(input_blocks|middle_block|output_blocks)_",
+        r"diffusion_model\.",
+    ),
+    (r"lora_te_", r"lora_te[12]_", r"text_encoders\..*\.encoder\.layers\."),
+)
+"""How files begin the names of the same layers, of the network and of the text encoder: ours and most LoRAs', those of
+kohya's LoRAs for SDXL, those of the LoRAs that ComfyUI saves. Which names are one layer's, only a model can tell."""
+_OF_THE_MODEL = (
+    *(f"concept_ablation.{name}" for name in ("architecture", "base_model", "base_model_sha256")),
+    *("modelspec.architecture", "ss_v2", "ss_base_model_version"),
+)
+"""What a header says of the model that an edit is for."""
 
 
 @dataclass(frozen=True)
@@ -257,17 +275,41 @@ def merge(deltas: Iterable[tuple[Delta, float]]) -> Delta:
     """The sum of deltas, each times its strength. Low-rank changes of one layer are joined without loss of rank.
 
     Raises:
-        AblationError: nothing to merge, or two deltas disagree about a layer's shape.
+        AblationError: nothing to merge, or two deltas disagree about a layer's shape or about how layers are named.
     """
     total: dict[str, LayerDelta] = {}
+    headers: list[Mapping[str, str]] = []
     sources: list[str] = []
     for delta, strength in deltas:
-        sources.append(f"{delta.metadata.get('concept_ablation.target', 'unnamed')} x {strength:g}")
+        headers.append(delta.metadata)
+        sources.append(f"{_called(delta)} x {strength:g}")
         for name, layer in delta.scaled(strength).layers.items():
-            total[name] = _add(name, total[name], layer) if name in total else layer
+            total[name] = add(name, total[name], layer) if name in total else layer
     if not total:
         raise AblationError("There is nothing to merge: give at least one delta.")
-    return Delta(total, {"concept_ablation.merged": "; ".join(sources)})
+    _require_one_spelling(total)
+    return Delta(total, {**_agreed(headers), "concept_ablation.merged": "; ".join(sources)})
+
+
+def add(name: str, first: LayerDelta, second: LayerDelta) -> LayerDelta:
+    """Both changes of the layer `name` together; low-rank ones are joined without loss of rank.
+
+    Raises:
+        AblationError: the weights' shapes differ.
+    """
+    a, b = first.weight, second.weight
+    if a is not None and b is not None and tuple(a.shape) != tuple(b.shape):
+        raise AblationError(
+            f"These deltas were made for different models (their {name} differ in shape) and cannot be merged."
+        )
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        weight: Tensor | LowRank | None = LowRank(torch.cat((a.up, b.up), 1), torch.cat((a.down, b.down)))
+    elif a is None or b is None:
+        weight = b if a is None else a
+    else:
+        weight = (a.dense() if isinstance(a, LowRank) else a) + (b.dense() if isinstance(b, LowRank) else b)
+    biases = [layer.bias for layer in (first, second) if layer.bias is not None]
+    return LayerDelta(weight, sum(biases[1:], biases[0]) if biases else None)
 
 
 def factorize(weight: Tensor | LowRank) -> LowRank:
@@ -314,12 +356,13 @@ def to_lora(delta: Delta, rank: int) -> tuple[Delta, float]:
         kept += float(LayerDelta(low).squared_norm())
         energy += float(LayerDelta(weight).squared_norm())
     metadata = {**delta.metadata, "concept_ablation.rank": str(rank)}
+    metadata.pop(METRICS, None)
     return Delta(layers, metadata), kept / energy if energy else 1.0
 
 
 def _convolve(module: nn.Conv2d, x: Tensor, weight: Tensor | LowRank | None, bias: Tensor | None) -> Tensor:
     if weight is None:
-        weight = torch.zeros_like(module.weight, dtype=x.dtype)
+        weight = torch.zeros_like(module.weight, device=x.device, dtype=x.dtype)
     if not isinstance(weight, LowRank):
         # the layer's own method, because it knows the padding mode
         return module._conv_forward(x, weight, bias)
@@ -332,17 +375,24 @@ def _zeros_if_none(weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return torch.zeros_like(bias) if weight is None else weight
 
 
-def _add(name: str, first: LayerDelta, second: LayerDelta) -> LayerDelta:
-    a, b = first.weight, second.weight
-    if a is not None and b is not None and tuple(a.shape) != tuple(b.shape):
-        raise AblationError(
-            f"These deltas were made for different models (their {name} differ in shape) and cannot be merged."
-        )
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        weight: Tensor | LowRank | None = LowRank(torch.cat((a.up, b.up), 1), torch.cat((a.down, b.down)))
-    elif a is None or b is None:
-        weight = b if a is None else a
-    else:
-        weight = (a.dense() if isinstance(a, LowRank) else a) + (b.dense() if isinstance(b, LowRank) else b)
-    biases = [layer.bias for layer in (first, second) if layer.bias is not None]
-    return LayerDelta(weight, sum(biases[1:], biases[0]) if biases else None)
+def _called(delta: Delta) -> str:
+    """What the header of a sum calls one of its parts; of a part that is a sum itself, all of that."""
+    merged = delta.metadata.get("concept_ablation.merged")
+    return f"({merged})" if merged else delta.metadata.get("concept_ablation.target", "unnamed")
+
+
+def _agreed(headers: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """What all headers say alike of the model."""
+    alike = set.intersection(*(set(header.items()) for header in headers))
+    return {key: value for key, value in sorted(alike) if key in _OF_THE_MODEL}
+
+
+def _require_one_spelling(names: Iterable[str]) -> None:
+    for spellings in _SPELLINGS:
+        found = [next(filter(re.compile(spelling).match, names), None) for spelling in spellings]
+        mixed = [name for name in found if name is not None]
+        if len(mixed) > 1:
+            raise AblationError(
+                f"These deltas name layers in two ways ({mixed[0]}, {mixed[1]}), and of two names for a layer programs "
+                "apply only one: merge what ComfyUI's Load Ablation Delta makes of them, or apply them unmerged."
+            )

@@ -54,6 +54,9 @@ def load(path: Path) -> Delta:
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise AblationError(f"{path.name} is damaged or not a safetensors file: get it again.") from error
+    if metadata.get("concept_ablation.architecture") == "sd2":
+        # files of before its text encoder had a name of its own
+        tensors = {key.replace("text_encoders.clip_l.", "text_encoders.clip_h."): one for key, one in tensors.items()}
     return from_tensors(tensors, metadata, path.name)
 
 

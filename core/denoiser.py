@@ -43,9 +43,6 @@ class Conditioning:
     def __getitem__(self, index: Tensor | slice | list[int]) -> Conditioning:
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
-
     @staticmethod
     def cat(parts: Iterable[Conditioning]) -> Conditioning:
         """All rows together. Where numbers of tokens differ, contexts are repeated up to their least common multiple:

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..core import delta_file
 from ..core.delta import Delta, merge, to_lora
-from ..core.hosts.comfyui import patched
+from ..core.hosts.comfyui import fitted, patched
 from .paths import numbered, safe_name
 from .progress import show_text
 from .types import CATEGORY, AblationDelta, model_inputs, strength_input
@@ -101,7 +101,7 @@ class ConceptAblationLoadDelta(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, clip: CLIP, file: str, strength_model: float, strength_clip: float
     ) -> io.NodeOutput:
-        delta = delta_file.load(_lora_path(file))
+        delta = fitted(model, clip, without_workflow(delta_file.load(_lora_path(file))))
         return io.NodeOutput(*patched(model, clip, delta, strength_model, strength_clip), delta)
 
 
@@ -193,6 +193,13 @@ def workflow_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
         return {}
     fields = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {name: json.dumps(value) for name, value in fields.items() if value is not None}
+
+
+def without_workflow(delta: Delta) -> Delta:
+    """A loaded delta without the graph that its file was saved by: whoever saves it again has another one, or wants
+    none in files.
+    """
+    return replace(delta, metadata={k: v for k, v in delta.metadata.items() if k not in ("prompt", "workflow")})
 
 
 def file_megabytes(delta: Delta) -> float:

@@ -16,6 +16,7 @@ from ..core.errors import AblationError
 from ..core.evaluation import Evaluation, EvaluationSettings, compare, draw, make_jobs
 from ..core.files import require_writable
 from ..core.hosts.comfyui import opened, patched
+from ..core.hosts.ldm_patcher import PIXELS_PER_LATENT
 from ..core.metrics import Judge
 from ..core.report import before_after_grid, write_report
 from ..core.samplers import SAMPLERS, SampleSettings
@@ -163,15 +164,16 @@ class ConceptAblationEvaluate(io.ComfyNode):
         reports = Path(folder_paths.get_output_directory()) / "concept_ablation"
         require_writable(reports)
         progress = NodeProgress(cls.hidden.unique_id, model, (_BEFORE, _AFTER))
-        size = {"width": width or None, "height": height or None}
         names = [task.concept for task in concepts], [task.surrounding for task in concepts]
         with memory_advice("lower images_at_once, or draw smaller images"):
-            with opened(model, clip, vae, **size) as denoiser:
+            with opened(model, clip, vae, width=width or None, height=height or None) as denoiser:
+                height, width = (edge * PIXELS_PER_LATENT for edge in denoiser.latent_shape[1:])
                 jobs = make_jobs(denoiser, *names, settings)
                 referee = Judge.load(judge_source(judge), denoiser.device)
                 measured = instruments.load(concepts, original, copy_detector, inception, denoiser.device)
                 before = draw(denoiser, jobs, settings, _BEFORE, progress)
-            with opened(after_model, after_clip, vae, **size) as denoiser:
+            # of the same size, whatever the edited model's own may be
+            with opened(after_model, after_clip, vae, width=width, height=height) as denoiser:
                 after = draw(denoiser, jobs, settings, _AFTER, progress)
                 found = compare(jobs, before, after, referee, settings, measured)
         report = numbered(reports, safe_name(folder, "evaluation"))

@@ -1,4 +1,5 @@
-"""The file that Stable Diffusion WebUI imports: registers the tab and the settings, which `web/extension.py` makes.
+"""The file that Stable Diffusion WebUI imports: registers the tab, the settings and what a newly loaded model is given,
+all of which `web/extension.py` makes.
 
 The WebUI imports it by its path, from an extension folder of any name and outside of any package, so it first makes
 that folder importable as the package `concept_ablation`.
@@ -42,5 +43,11 @@ def on_ui_settings() -> None:
     extension().add_settings()
 
 
+def on_model_loaded(model: Any) -> None:
+    """Give it the deltas that were applied to the same checkpoint before."""
+    extension().apply_again(model)
+
+
 script_callbacks.on_ui_tabs(on_ui_tabs)
 script_callbacks.on_ui_settings(on_ui_settings)
+script_callbacks.on_model_loaded(on_model_loaded)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers import CLIPTokenizerFast as CLIPTokenizer
 
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoiser, Parts, load_denoiser
+from concept_ablation.tools.browser import NO_CHROMIUM, find_chromium, launch
 
 REQUIRED = bool(os.environ.get("CI") or os.environ.get("CONCEPT_ABLATION_REQUIRE_COMFYUI"))
+COMFYUI = "tests/comfyui/"
+LONGEST = (COMFYUI, "tests/web/test_browser.py")
+"""How the ids of tests begin that take minutes: begun last, they would run on when the other workers are done."""
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -27,6 +31,29 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(
+        key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """With `--dist loadfile`, one worker gets all of ComfyUI's tests, which then share a server."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    # the mark that is made for this, xdist_group, does nothing in xdist 3.8 with pytest 9.2
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return COMFYUI if nodeid.startswith(COMFYUI) else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
 def unavailable(reason: str) -> None:
@@ -58,10 +85,15 @@ def make_tiny(width: int = 32, seed: int = 0, prediction_type: str = "epsilon") 
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
     schedule = {**SCHEDULE, "prediction_type": prediction_type}
-    parts = Parts(unet, CLIPTextModel(text_config), tokenizer, vae, schedule)
+    parts = Parts(unet, CLIPTextModel(text_config), _tokenizer(), vae, schedule)
     return DiffusersDenoiser(parts, "tiny", torch.device("cpu"), None)
+
+
+@functools.cache
+def _tokenizer() -> CLIPTokenizer:
+    # a quarter of a second to load, and nothing changes it
+    return CLIPTokenizer.from_pretrained(EMBEDDED_MODEL, subfolder="tokenizer")
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +116,9 @@ def emoji() -> DiffusersDenoiser:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The browser's program."""
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    path = find_chromium()
     if path is None:
-        unavailable("there is no chromium: install it, or name its program in the environment variable CHROMIUM")
+        unavailable(NO_CHROMIUM)
     return str(path)
 
 
@@ -97,10 +129,8 @@ def browser(chromium: str) -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         unavailable("there is no playwright: pip install playwright")
-    # Chromium's own sandbox does not start for root, which CI is
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"] if root else [])
+        started = launch(playwright, chromium)
         yield started
         started.close()
 

@@ -1,12 +1,19 @@
-"""Drawn shapes in place of icon sets, and a run of the embedded model's tools that is small enough for tests."""
+"""Drawn shapes in place of icon sets, and a run of the embedded model's tools small enough for tests, and its loss."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import autoencoder
+import denoiser
+import judge
+import latents
 import memorized
+import numpy as np
 import pictures
 import settings
+import stage
 import torch
 
 SIZE = 32
@@ -72,3 +79,31 @@ def tiny(batch: int = 8) -> settings.Settings:
         judge=tower(1),
         validation_judge=tower(2),
     )
+
+
+def average_loss(loss: stage.Loss, model: torch.nn.Module) -> float:
+    """Over the same few batches whatever the model."""
+    rng = torch.Generator().manual_seed(123)
+    with torch.no_grad():
+        return float(np.mean([loss(model.eval(), rng).item() for _ in range(6)]))
+
+
+def remaining_loss(
+    out: Path, parts: settings.Settings, own: pictures.Pictures, others: pictures.Pictures
+) -> dict[str, float]:
+    """What the training in `out` has left of the loss that each stage begins with, as a share."""
+    found = latents.load_latents(out / "latents")
+    stages = {
+        "autoencoder": (autoencoder.build(parts), autoencoder.reconstruction_loss(own, parts)),
+        "denoiser": (denoiser.build(parts, found), denoiser.noise_loss(own, found, parts)),
+        "judge": (judge.build(parts.judge), judge.judge_loss(own, others, parts, parts.judge)),
+        "validation_judge": (
+            judge.build(parts.validation_judge),
+            judge.judge_loss(own, others, parts, parts.validation_judge),
+        ),
+    }
+    shares = {}
+    for name, (model, loss) in stages.items():
+        before = average_loss(loss, model)
+        shares[name] = average_loss(loss, stage.load_average(model, out / name)) / before
+    return shares

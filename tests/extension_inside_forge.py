@@ -165,6 +165,19 @@ def test_apply_does_what_the_prompts_lora_does_until_it_is_removed(host, saved):
     assert host.applied() == () and np.array_equal(drawn(), plain)
 
 
+def test_a_model_that_forge_loads_again_has_the_deltas_again(host, saved):
+    plain = drawn()
+    host.apply(saved, 1.0)
+    edited, engine = drawn(), shared.sd_model
+    sd_models.model_data.forge_hash = ""  # as after another VAE or another precision was chosen
+    again = drawn()
+    assert shared.sd_model is not engine and np.abs(again - edited).max() <= 2
+    assert host.applied() == (Applied("no-fish.safetensors", 1.0),)
+    host.remove()
+    sd_models.model_data.forge_hash = ""
+    assert np.array_equal(drawn(), plain) and host.applied() == ()
+
+
 def test_the_teacher_is_the_checkpoint_whatever_is_applied_or_was_in_the_last_prompt(host, saved):
     with host.denoiser("loaded") as denoiser:
         plain = denoiser.fingerprint()

@@ -5,6 +5,8 @@ Collected by `test_nodes.py` only. Stock detection knows no model this small, so
 
 from __future__ import annotations
 
+import contextlib
+
 import comfy.lora
 import comfy.sample
 import comfy.sd
@@ -18,8 +20,10 @@ from torch import Tensor
 from concept_ablation.core import dataset
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
+from concept_ablation.core.delta import Delta, LayerDelta, LowRank, merge
 from concept_ablation.core.delta_file import to_tensors
-from concept_ablation.core.hosts.comfyui import opened, patched
+from concept_ablation.core.hosts import ldm_patcher
+from concept_ablation.core.hosts.comfyui import fitted, opened, patched
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.trainer import TrainSettings, train
 
@@ -100,6 +104,14 @@ def stock_prediction(model, clip, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(part[:1].clone() for part in seen[0])
 
 
+@contextlib.contextmanager
+def in_fp32(*parts, **size):
+    """`opened`, computing in fp32 also where the hardware is fast at bf16."""
+    with opened(*parts, **size) as denoiser:
+        denoiser._autocast = None
+        yield denoiser
+
+
 def build(denoiser, images: int = 2):
     settings = DatasetSettings(images=images, preserve=0, prompts=2, sample=SampleSettings(steps=2), batch=2)
     return dataset.build(denoiser, [CAT], settings)
@@ -113,7 +125,7 @@ def test_predictions_are_those_of_comfyuis_own_sampling(family, v_prediction):
     model, clip = small(family, v_prediction=v_prediction)
     prompt = "a (grumpy:1.3) cat"
     x, sigma, expected = stock_prediction(model, clip, prompt)
-    with torch.inference_mode(), opened(model, clip, width=PIXELS, height=PIXELS, precision="fp32") as denoiser:
+    with torch.inference_mode(), in_fp32(model, clip, width=PIXELS, height=PIXELS) as denoiser:
         assert denoiser.architecture == family
         found = denoiser.denoise(x, sigma, denoiser.encode([prompt]))
         other = denoiser.denoise(x, sigma, denoiser.encode(["a grumpy cat"]))
@@ -137,9 +149,81 @@ def test_every_family_trains_and_stock_lora_loading_applies_every_weight(family,
     parts = sum((layer.weight is not None) + (layer.bias is not None) for layer in delta.layers.values())
     assert len(comfy.lora.load_lora(to_tensors(delta), keys)) == parts
     if subset == "embedding":
-        assert len(delta.layers) == len(WIDTHS[family])
+        embedding = "text_encoders.{}.transformer.text_model.embeddings.token_embedding"
+        assert delta.layers.keys() == {embedding.format(name) for name in WIDTHS[family]}
     edited = patched(model, clip, delta)
     assert sum(len(patcher.patches) for patcher in (edited[0], edited[1].patcher)) == parts
+
+
+def applied(model, clip, delta: Delta, key: str) -> Tensor:
+    """What ComfyUI adds to the weight `key` for the delta."""
+    edited, edited_clip = patched(model, clip, delta)
+    patcher = edited_clip.patcher if key.startswith("clip_") else edited
+    weight = patcher.model.state_dict()[key]
+    return comfy.lora.calculate_weight(patcher.patches[key], weight.clone(), key) - weight
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        (
+            "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k.weight",
+            (
+                "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+                "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k",
+                "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k",
+            ),
+        ),
+        (
+            "clip_g.transformer.text_model.encoder.layers.1.mlp.fc1.weight",
+            (
+                "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+                "text_encoders.clip_g.transformer.text_model.encoder.layers.1.mlp.fc1",
+            ),
+        ),
+    ],
+)
+def test_all_names_of_a_weight_are_applied_and_become_one(key, names):
+    """Our names, those of kohya's LoRAs for SDXL and those of the LoRAs that ComfyUI saves."""
+    model, clip = small("sdxl")
+    out, width = {**model.model.state_dict(), **clip.cond_stage_model.state_dict()}[key].shape
+    changes = (
+        torch.full((out, width), 0.5),
+        LowRank(torch.ones(out, 1), torch.ones(1, width)),
+        LowRank(torch.full((out, 1), 0.25), torch.ones(1, width)),
+    )
+    given = {name: LayerDelta(change) for name, change in zip(names, changes, strict=False)}
+    with torch.inference_mode():
+        expected = torch.full((out, width), sum((0.5, 1.0, 0.25)[: len(names)]))
+        torch.testing.assert_close(applied(model, clip, Delta(given), key), expected)
+        parts = [fitted(model, clip, Delta({name: layer})) for name, layer in given.items()]
+        total = merge((part, 1.0) for part in parts)
+        assert total.layers.keys() == {names[0]}
+        torch.testing.assert_close(applied(model, clip, total, key), expected)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("low", [False, True])
+def test_a_1x1_convolution_and_the_linear_layer_that_does_the_same_take_the_same_change(family, low):
+    """Stable Diffusion 1's projections are the former, those of 2 and XL the latter."""
+    model, clip = small(family)
+    key = "diffusion_model.middle_block.1.proj_in.weight"
+    shape = model.model.state_dict()[key].shape
+    assert len(shape) == (4 if family == "sd1" else 2)
+    rest = (shape[1],) if len(shape) == 4 else (shape[1], 1, 1)
+    low_rank = LowRank(torch.ones(shape[0], 1), torch.full((1, *rest), 0.5))
+    delta = Delta({"lora_unet_mid_block_attentions_0_proj_in": LayerDelta(low_rank if low else low_rank.dense())})
+    with torch.inference_mode():
+        torch.testing.assert_close(applied(model, clip, delta, key), torch.full(shape, 0.5))
+
+
+def test_of_two_names_that_diffusers_has_for_a_layer_the_same_is_taken_always():
+    layer, network = torch.nn.Linear(1, 1), torch.nn.Module()
+    network.label_emb = torch.nn.Sequential(torch.nn.Sequential(layer))
+    names = [f"{kind}_embedding.linear_1.weight" for kind in ("add", "class")]
+    for order in (names, names[::-1]):
+        found = ldm_patcher.unet_layers(network, dict.fromkeys(order, "label_emb.0.0.weight"))
+        assert found == {"lora_unet_add_embedding_linear_1": layer}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +242,7 @@ def test_weights_in_storage_precision_give_the_gradients_of_their_fp32_values(dt
         with torch.inference_mode():
             mine.copy_(theirs.float())
     with torch.inference_mode():
-        with opened(exact, exact_clip, width=PIXELS, height=PIXELS, precision="fp32") as denoiser:
+        with in_fp32(exact, exact_clip, width=PIXELS, height=PIXELS) as denoiser:
             data = build(denoiser)
             expected = first_step(denoiser, data)
         with opened(model, clip, width=PIXELS, height=PIXELS) as denoiser:
@@ -184,11 +268,11 @@ def first_step(denoiser, data) -> Tensor:
 def test_offloaded_layers_with_a_lora_on_them_train_as_loaded_ones():
     model, clip = small("sd1")
     with torch.inference_mode():
-        with opened(model, clip, width=PIXELS, height=PIXELS, precision="fp32") as denoiser:
+        with in_fp32(model, clip, width=PIXELS, height=PIXELS) as denoiser:
             data = build(denoiser)
             delta = train(denoiser, data, TrainSettings(**{**vars(SETTINGS), "learning_rate": 1e-2})).delta
         edited, _ = patched(model, clip, delta)
-        with opened(edited, clip, width=PIXELS, height=PIXELS, precision="fp32") as denoiser:
+        with in_fp32(edited, clip, width=PIXELS, height=PIXELS) as denoiser:
             expected = first_step(denoiser, data)
             edited.unpatch_model(CPU)
             # what ComfyUI does where memory is short: weights stay where they are and are patched on their way in
@@ -209,11 +293,18 @@ def test_checkpointing_runs_patches_in_the_block_that_they_are_for():
         return given * 2 if options["block"] == ("input", 1) else given
 
     model.set_model_attn1_output_patch(double_in_first_input_block)
-    with torch.inference_mode(), opened(model, clip, width=PIXELS, height=PIXELS, precision="fp32") as denoiser:
-        data = build(denoiser)
-        plain = first_step(denoiser, data)
-        with denoiser.checkpointed():
-            torch.testing.assert_close(first_step(denoiser, data), plain, rtol=1e-4, atol=1e-7)
+    with torch.inference_mode(), in_fp32(model, clip, width=PIXELS, height=PIXELS) as denoiser:
+        data, calls = build(denoiser), []
+        with (
+            denoiser.network.middle_block[0]
+            .in_layers[0]
+            .register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        ):
+            plain = first_step(denoiser, data)
+            with denoiser.checkpointed():
+                torch.testing.assert_close(first_step(denoiser, data), plain, rtol=1e-4, atol=1e-7)
+    # one step, then another, in whose backward pass the block runs again
+    assert calls.count(True) == 1 + 2
 
 
 def test_the_fingerprint_ignores_what_comfyui_leaves_uninitialized():

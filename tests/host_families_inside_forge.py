@@ -27,8 +27,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, modeling_
 from concept_ablation.core import dataset
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
+from concept_ablation.core.delta import Delta, LayerDelta, LowRank
 from concept_ablation.core.delta_file import to_tensors
-from concept_ablation.core.hosts.webui import opened
+from concept_ablation.core.hosts import webui
+from concept_ablation.core.hosts.webui import opened, patched
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.trainer import TrainSettings, train
 
@@ -63,7 +65,6 @@ VAE = {
     "layers_per_block": 1,
     "scaling_factor": 0.13025,
 }
-SIZE = {"width": 64, "height": 64, "precision": "fp32"}
 
 
 def in_forges_layers(make):
@@ -114,12 +115,20 @@ def engine(request):
         return StableDiffusionXL(model_list.SDXL({**UNET, **XL_UNET}), made)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Pictures of 64 pixels, computed in fp32 also where the hardware is fast at bf16."""
+    monkeypatch.setattr(webui, "native_size", lambda *_: 64)
+    monkeypatch.setattr(webui, "autocast_dtype", lambda *_: None)
+
+
+@pytest.mark.usefixtures("small")
 def test_conditioning_and_predictions_are_forges(engine):
     prompts, inner = ["a fish", "a (red:1.2) rose"], engine.forge_objects.unet.model
     xl = isinstance(engine, StableDiffusionXL)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for prompt in prompts:
-        with opened(engine, **SIZE) as denoiser:
+        with opened(engine) as denoiser:
             cond, sigma = denoiser.encode([prompt]), denoiser.sigmas[[600]]
             found = denoiser.denoise(noise * sigma, sigma, cond)
         told = engine.get_learned_conditioning(SdConditioning([prompt], width=64, height=64))
@@ -137,10 +146,11 @@ def test_the_family_decides_architecture_and_size(engine):
         assert (denoiser.architecture, denoiser.latent_shape) == (expected[0], (4, expected[1], expected[1]))
 
 
+@pytest.mark.usefixtures("small")
 def test_every_layer_is_a_key_of_forges_lora_loader(engine):
     objects = engine.forge_objects_original
     keys = model_lora_keys_clip(objects.clip.cond_stage_model, model_lora_keys_unet(objects.unet.model, {}))
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         named = (*objects.unet.model.named_modules(), *denoiser.text_network.named_modules())
         names = {module: name for name, module in named}
         assert all(keys[name] == f"{names[module]}.weight" for name, module in denoiser.layers.items())
@@ -150,10 +160,11 @@ def test_every_layer_is_a_key_of_forges_lora_loader(engine):
         assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k" in denoiser.layers
 
 
+@pytest.mark.usefixtures("small")
 def test_an_ablation_ends_in_a_delta_that_forge_loads_whole(engine, capsys):
     settings = DatasetSettings(images=2, preserve=0, prompts=2, sample=SampleSettings(steps=2), batch=2)
     training = TrainSettings(steps=2, batch=2, preserve_batch=0, learning_rate=1e-4)
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         data = dataset.build(denoiser, [Concept("tropical fish", "fish")], settings)
         made = train(denoiser, data, training)
     assert made.delta.norm() > 1e-5
@@ -162,3 +173,22 @@ def test_an_ablation_ends_in_a_delta_that_forge_loads_whole(engine, capsys):
     networks.load_lora_for_models(objects.unet, objects.clip, to_tensors(made.delta), 1.0, 1.0)
     told = capsys.readouterr().out
     assert f"with {len(made.delta.layers)} keys" in told and "(skipped 0 keys)" in told and "unmatched" not in told
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_all_names_of_a_weight_add_up(engine, low):
+    """Our name, that of kohya's LoRAs for SDXL and that of the LoRAs that ComfyUI saves."""
+    objects = engine.forge_objects_original
+    key = "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k"
+    out, width = objects.unet.model.state_dict()[f"{key}.weight"].shape
+    change = LowRank(torch.ones(out, 1), torch.full((1, width), 0.5))
+    names = (
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2_to_k",
+        key,
+    )
+    delta = Delta({name: LayerDelta(change if low and name != key else change.dense()) for name in names})
+    unet, _ = patched(objects.unet, objects.clip, delta)
+    (patches,) = unet.lora_patches.values()
+    ((patch,),) = patches.values()
+    assert torch.equal(patch[1][1][0], torch.full((out, width), 1.5))

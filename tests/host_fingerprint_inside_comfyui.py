@@ -47,7 +47,7 @@ def test_a_lora_makes_another_model_wherever_comfyui_keeps_it(emoji):
             with torch.inference_mode():
                 other.load(other.load_device, lowvram_model_memory=int(offloaded), full_load=not offloaded)
                 assert bool(other.backup) == (strength > 0 and not offloaded)
-                denoiser = ComfyDenoiser(other, clip, None, (16, 16), "fp32", 0)
+                denoiser = ComfyDenoiser(other, clip, None, (16, 16), 0)
                 seen[strength, offloaded] = denoiser.fingerprint()
                 other.unpatch_model(other.offload_device)
     assert all(seen[strength, False] == seen[strength, True] for strength in (0.0, 0.5, 1.0))
@@ -68,6 +68,19 @@ def test_a_patch_of_the_attention_makes_another_model(emoji):
             with opened(one, clip) as denoiser:
                 seen.append(denoiser.fingerprint())
     assert seen[1] == seen[3] and len(set(seen)) == 3
+
+
+def test_an_attention_counts_that_the_user_chose_and_not_the_one_that_we_put_in(emoji):
+    model, clip, _ = emoji
+    chosen = model.clone()
+    chosen.model_options["transformer_options"]["optimized_attention_override"] = lambda attention, *q, **options: 0
+    told = []
+    for one in (model, chosen):
+        with torch.inference_mode(), opened(one, clip) as denoiser:
+            told.append(str(denoiser._beside()))
+    # ours names this package's module, and with it in ComfyUI where it is installed
+    assert "with_gradients" not in told[0]
+    assert told[0] != told[1]
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -5,6 +5,7 @@ Models are loaded in inference mode, as ComfyUI's executor loads them. The diffu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import replace
 
@@ -43,6 +44,14 @@ def weight_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def in_fp32(*parts, **size):
+    """`opened`, computing in fp32 also where the hardware is fast at bf16."""
+    with opened(*parts, **size) as denoiser:
+        denoiser._autocast = None
+        yield denoiser
+
+
 @pytest.fixture(scope="module")
 def comfy_emoji():
     with torch.inference_mode():
@@ -61,7 +70,7 @@ def data(reference):
 
 @pytest.fixture
 def ours(comfy_emoji):
-    with torch.inference_mode(), opened(*comfy_emoji, precision="fp32") as denoiser:
+    with torch.inference_mode(), in_fp32(*comfy_emoji) as denoiser:
         yield denoiser
 
 
@@ -127,10 +136,24 @@ def train_outside(denoiser, data, settings):
 
 
 def test_checkpointing_changes_memory_not_the_delta(ours, data):
-    plain, saved = (train(ours, data, replace(TRAIN, checkpointing=flag)) for flag in (False, True))
-    for name, layer in plain.delta.layers.items():
-        torch.testing.assert_close(saved.delta.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-7)
+    made, calls = [], []
+    with ours.network.middle_block[1].norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled())):
+        for flag in (False, True):
+            calls.append(None)
+            made.append(train(ours, data, replace(TRAIN, checkpointing=flag)).delta)
+    plain, saved = made
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(saved.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-7)
+    start = calls.index(None, 1)
+    # in each step the block runs once, and once more in the backward pass
+    assert (calls[:start].count(True), calls[start:].count(True)) == (TRAIN.steps, 2 * TRAIN.steps)
     assert not any("forward" in vars(module) for module in ours.network.modules())
+
+
+def test_checkpointing_is_refused_where_it_would_do_nothing(ours, monkeypatch):
+    monkeypatch.setattr(ours, "network", torch.nn.Linear(1, 1))
+    with pytest.raises(AblationError, match="switch checkpointing off"), ours.checkpointed():
+        pass
 
 
 def test_prompts_longer_than_one_window_share_a_batch_with_short_ones(ours):
@@ -152,9 +175,9 @@ def test_weights_stay_after_success_cancel_and_error(comfy_emoji, data):
     def cancel(progress):
         raise Interrupted("stop")
 
-    with torch.inference_mode(), opened(*comfy_emoji, precision="fp32") as denoiser:
+    with torch.inference_mode(), in_fp32(*comfy_emoji) as denoiser:
         train(denoiser, data, TRAIN)
-    with pytest.raises(Interrupted), torch.inference_mode(), opened(*comfy_emoji, precision="fp32") as denoiser:
+    with pytest.raises(Interrupted), torch.inference_mode(), in_fp32(*comfy_emoji) as denoiser:
         train(denoiser, data, TRAIN, cancel)
     with pytest.raises(AblationError), torch.inference_mode(), opened(*comfy_emoji) as denoiser:
         train(denoiser, data, replace(TRAIN, learning_rate=1e3, steps=10))
@@ -167,15 +190,15 @@ def test_patches_do_what_hooks_do_and_leave_the_first_model_alone(comfy_emoji):
     model, clip, vae = comfy_emoji
     settings = SampleSettings(steps=4)
     with torch.inference_mode():
-        with opened(model, clip, vae, precision="fp32") as denoiser:
+        with in_fp32(model, clip, vae) as denoiser:
             delta = random_delta(denoiser)
             plain = draw_images(denoiser, PROMPTS, [1, 2], settings).astype(int)
             with delta.attach(denoiser):
                 hooked = draw_images(denoiser, PROMPTS, [1, 2], settings).astype(int)
         edited = patched(model, clip, delta)
-        with opened(*edited, vae, precision="fp32") as denoiser:
+        with in_fp32(*edited, vae) as denoiser:
             as_patch = draw_images(denoiser, PROMPTS, [1, 2], settings).astype(int)
-        with opened(model, clip, vae, precision="fp32") as denoiser:
+        with in_fp32(model, clip, vae) as denoiser:
             again = draw_images(denoiser, PROMPTS, [1, 2], settings).astype(int)
     assert np.abs(hooked - plain).max() > 20
     assert np.abs(hooked - as_patch).max() <= 2
@@ -185,9 +208,9 @@ def test_patches_do_what_hooks_do_and_leave_the_first_model_alone(comfy_emoji):
 def test_a_lora_on_the_model_takes_part_in_training(comfy_emoji, data):
     model, clip, vae = comfy_emoji
     with torch.inference_mode():
-        with opened(model, clip, vae, precision="fp32") as denoiser:
+        with in_fp32(model, clip, vae) as denoiser:
             plain, delta = train(denoiser, data, TRAIN).losses, random_delta(denoiser)
-        with opened(*patched(model, clip, delta), vae, precision="fp32") as denoiser:
+        with in_fp32(*patched(model, clip, delta), vae) as denoiser:
             edited = train(denoiser, data, TRAIN).losses
     assert plain != pytest.approx(edited, rel=1e-3)
 

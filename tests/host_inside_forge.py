@@ -22,6 +22,7 @@ from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
 from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError, IncompatibleDelta, Interrupted
+from concept_ablation.core.hosts import webui
 from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.hosts.webui import architecture_of, opened, patched, require_plain
 from concept_ablation.core.samplers import SampleSettings
@@ -30,8 +31,16 @@ from concept_ablation.core.trainer import TrainSettings, train
 FISH = Concept("tropical fish", "fish")
 SMALL = DatasetSettings(images=4, preserve=0, prompts=2, sample=SampleSettings(steps=3), batch=4)
 TRAIN = TrainSettings(steps=2, batch=2, preserve_batch=0, learning_rate=1e-5)
-SIZE = {"width": 64, "height": 64, "precision": "fp32"}
 TOKEN_EMBEDDING = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Pictures of 64 pixels, computed in fp32 also where the hardware is fast at bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webui, "native_size", lambda *_: 64)
+        patch.setattr(webui, "autocast_dtype", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +60,13 @@ def reference(path):
 
 @pytest.fixture
 def ours(engine):
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         yield denoiser
 
 
 @pytest.fixture(scope="module")
 def data(engine):
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         return dataset.build(denoiser, [FISH], SMALL)
 
 
@@ -147,9 +156,17 @@ def test_the_loss_falls(ours, data):
 
 
 def test_checkpointing_changes_memory_not_the_delta(ours, data):
-    plain, saved = (train(ours, data, replace(TRAIN, checkpointing=flag)) for flag in (False, True))
-    for name, layer in plain.delta.layers.items():
-        torch.testing.assert_close(saved.delta.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-7)
+    made, calls = [], []
+    with ours.network.middle_block[1].norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled())):
+        for flag in (False, True):
+            calls.append(None)
+            made.append(train(ours, data, replace(TRAIN, checkpointing=flag)).delta)
+    plain, saved = made
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(saved.layers[name].weight, layer.weight, rtol=1e-4, atol=1e-7)
+    start = calls.index(None, 1)
+    # in each step the block runs once, and once more in the backward pass
+    assert (calls[:start].count(True), calls[start:].count(True)) == (TRAIN.steps, 2 * TRAIN.steps)
     assert not any("forward" in vars(module) for module in ours.network.modules())
 
 
@@ -171,13 +188,13 @@ def test_the_model_is_as_it_was_after_success_interrupt_and_error(engine, data):
     def interrupt(progress):
         raise Interrupted("stop")
 
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         train(denoiser, data, TRAIN)
-    with pytest.raises(Interrupted), opened(engine, **SIZE) as denoiser:
+    with pytest.raises(Interrupted), opened(engine) as denoiser:
         train(denoiser, data, TRAIN, interrupt)
-    with pytest.raises(AblationError), opened(engine, **SIZE) as denoiser:
+    with pytest.raises(AblationError), opened(engine) as denoiser:
         train(denoiser, data, replace(TRAIN, learning_rate=1e3, steps=10))
-    with pytest.raises(RuntimeError), opened(engine, **SIZE) as denoiser:
+    with pytest.raises(RuntimeError), opened(engine) as denoiser:
         denoiser.denoise(torch.zeros(1, 5, 8, 8), torch.ones(1), denoiser.encode(["a fish"]))
     assert weight_hash(engine) == before
     assert [type(module) for module in modules] == classes
@@ -188,16 +205,16 @@ def test_the_model_is_as_it_was_after_success_interrupt_and_error(engine, data):
 
 
 def test_clip_skip_and_emphasis_are_part_of_the_model(engine):
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         plain, weighted = denoiser.fingerprint(), denoiser.encode(["a (red:1.3) fish", "a red fish"]).context
     assert not torch.allclose(weighted[0], weighted[1])
     engine.set_clip_skip(2)
     try:
-        with opened(engine, **SIZE) as denoiser:
+        with opened(engine) as denoiser:
             assert denoiser.fingerprint() != plain
     finally:
         engine.set_clip_skip(1)
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         assert denoiser.fingerprint() == plain
 
 
@@ -206,7 +223,7 @@ def test_clip_skip_and_emphasis_are_part_of_the_model(engine):
 
 @pytest.mark.parametrize("pattern", ["attn2_to_", "lora_unet_", "lora_te_"])
 def test_forges_lora_loader_takes_the_whole_file_and_does_what_hooks_do(engine, tmp_path, capsys, pattern):
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         delta = random_delta(denoiser, pattern, 0.02).rounded(torch.float16)
         plain = predicted(denoiser)
         with delta.attach(denoiser):
@@ -220,37 +237,37 @@ def test_forges_lora_loader_takes_the_whole_file_and_does_what_hooks_do(engine, 
     told = capsys.readouterr().out
     assert "unmatched" not in told and "ismatch" not in told and "(skipped 0 keys)" in told
     assert f"with {len(delta.layers)} keys" in told
-    with opened(engine, ForgeObjects(unet, clip, original.vae, None), **SIZE) as denoiser:
+    with opened(engine, ForgeObjects(unet, clip, original.vae, None)) as denoiser:
         loaded = predicted(denoiser)
     change = (hooked - plain).abs().max()
     assert change > 0.05
     # Forge rounds the edited weights of the text encoder to fp16
     assert (loaded - hooked).abs().max() < 0.01 * change
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         assert torch.equal(predicted(denoiser), plain)
 
 
 def test_our_patches_are_those_of_forges_lora_loader(engine):
     original = engine.forge_objects_original
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         delta, plain = random_delta(denoiser), predicted(denoiser)
         with delta.attach(denoiser, 0.5):
             hooked = predicted(denoiser)
     unet, clip = patched(original.unet, original.clip, delta, 0.5)
-    with opened(engine, ForgeObjects(unet, clip, original.vae, None), **SIZE) as denoiser:
+    with opened(engine, ForgeObjects(unet, clip, original.vae, None)) as denoiser:
         torch.testing.assert_close(predicted(denoiser), hooked, atol=1e-4, rtol=1e-4)
     assert not original.unet.lora_patches and not torch.allclose(hooked, plain, atol=1e-3)
 
 
 def test_patches_that_forge_adds_in_every_forward_pass_take_part_in_training(engine, data):
     original = engine.forge_objects_original
-    with opened(engine, **SIZE) as denoiser:
+    with opened(engine) as denoiser:
         delta, plain = random_delta(denoiser), train(denoiser, data, TRAIN).losses
     tensors = delta_file.to_tensors(delta)
     losses = {}
     for online in (False, True):
         unet, clip = networks.load_lora_for_models(original.unet, original.clip, tensors, 1, 1, online_mode=online)
-        with opened(engine, ForgeObjects(unet, clip, original.vae, None), **SIZE) as denoiser:
+        with opened(engine, ForgeObjects(unet, clip, original.vae, None)) as denoiser:
             losses[online] = train(denoiser, data, TRAIN).losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert losses[True] != pytest.approx(plain, rel=1e-3)
@@ -294,7 +311,7 @@ def test_packed_weights_are_refused(storage):
         require_plain(SimpleNamespace(storage_dtype=storage))
 
 
-def test_other_models_and_sizes_are_refused(engine):
+def test_other_models_are_refused(engine):
     with pytest.raises(AblationError, match="is a SimpleNamespace"):
         architecture_of(SimpleNamespace())
     config = engine.forge_objects.unet.model.diffusion_model.config
@@ -304,5 +321,3 @@ def test_other_models_and_sizes_are_refused(engine):
             pass
     finally:
         config["in_channels"] = 4
-    with pytest.raises(AblationError, match="multiples of 8"), opened(engine, width=100, height=128):
-        pass

@@ -9,24 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import folder_paths
-import numpy as np
 import pytest
 import torch
-from comfy.cli_args import args
 from comfy_api.latest import io
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from server import PromptServer
 
 import concept_ablation
-from concept_ablation.core import delta_file
 from concept_ablation.core.ablation import Task
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import AblationDataset, DatasetSettings, Plan
 from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.nodes import NODES, ablate, dataset, deltas, evaluate, leaks, paths
+from concept_ablation.nodes import NODES, ablate, dataset, evaluate, leaks, paths
 from concept_ablation.nodes.concept import ConceptAblationConcept, names
 from concept_ablation.nodes.emoji import ConceptAblationLoadEmojiDiffusion
 
@@ -165,68 +160,20 @@ def test_numbers_go_up(tmp_path):
     assert paths.numbered(tmp_path, "x", ".safetensors").name == "x_00008.safetensors"
 
 
+def test_the_number_of_a_deleted_file_is_not_given_again(tmp_path):
+    """Load LoRA keeps its last file by the path: it gave the deleted edit."""
+    for number in (1, 2):
+        path = paths.numbered(tmp_path, "x", ".safetensors")
+        assert path.name == f"x_0000{number}.safetensors"
+        path.touch()
+        path.unlink()
+    assert paths.numbered(tmp_path, "x").name == "x_00001", "another suffix is another file"
+
+
 def small_delta() -> Delta:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 6, generator=generator).half().float()
     return Delta({"lora_unet_a": LayerDelta(weight)}, {"concept_ablation.target": "fish"})
-
-
-def test_save_never_overwrites_and_keeps_the_workflow(folders):
-    delta = small_delta()
-    saved = [Path(run(deltas.ConceptAblationSaveDelta, delta=delta, name="../a b")[0]) for _ in range(2)]
-    assert [path.name for path in saved] == ["a_b_00001.safetensors", "a_b_00002.safetensors"]
-    assert {path.parent for path in saved} == {folders.loras}
-    with safe_open(saved[0], framework="pt") as file:
-        header = file.metadata()
-    assert header["concept_ablation.target"] == "fish"
-    assert json.loads(header["workflow"]) == {"id": "w"}
-    assert json.loads(header["prompt"]) == {"7": {}}
-    assert torch.equal(load_file(saved[1])["lora_unet_a.diff"].float(), delta.layers["lora_unet_a"].weight)
-
-
-def test_save_leaves_the_workflow_out_where_the_user_wants_that(monkeypatch):
-    monkeypatch.setattr(args, "disable_metadata", True)
-    path = run(deltas.ConceptAblationSaveDelta, delta=small_delta())[0]
-    assert not {"workflow", "prompt"} & delta_file.load(Path(path)).metadata.keys()
-
-
-def test_a_changed_file_is_loaded_again(folders):
-    path = folders.loras / "a.safetensors"
-    delta_file.save(small_delta(), path)
-    fingerprint = deltas.ConceptAblationLoadDelta.fingerprint_inputs
-    before = fingerprint("a.safetensors", strength_model=1.0)
-    assert fingerprint("a.safetensors", strength_model=0.5) == before
-    delta_file.save(replace(small_delta(), metadata={}), path)
-    assert fingerprint("a.safetensors") != before
-    # a name that another node will give is not there yet
-    assert fingerprint(None) == [] and deltas.ConceptAblationLoadDelta.validate_inputs(None) is True
-
-
-def test_load_refuses_what_is_no_delta(folders):
-    (folders.loras / "bad.safetensors").write_bytes(b"nonsense")
-    save_file({"model.weight": torch.zeros(2)}, folders.loras / "checkpoint.safetensors")
-    (folders.loras / "old.pt").write_bytes(b"")
-    inputs = {"model": None, "clip": None}
-    for name, words in (("bad.safetensors", "damaged"), ("checkpoint.safetensors", "kind of edit"), ("old.pt", "only")):
-        with pytest.raises(AblationError, match=words):
-            run(deltas.ConceptAblationLoadDelta, file=name, **inputs)
-    with pytest.raises(FileNotFoundError):
-        run(deltas.ConceptAblationLoadDelta, file="../../secret.safetensors", **inputs)
-    combo = next(item for item in deltas.ConceptAblationLoadDelta.GET_SCHEMA().inputs if item.id == "file")
-    assert combo.options == ["bad.safetensors", "checkpoint.safetensors"]
-
-
-def test_merge_and_lora(sent):
-    delta = small_delta()
-    weight = delta.layers["lora_unet_a"].weight
-    merged = run(deltas.ConceptAblationMergeDeltas, delta_a=delta, delta_b=delta, strength_a=2.0, strength_b=-0.5)[0]
-    assert torch.allclose(merged.layers["lora_unet_a"].weight, 1.5 * weight)
-    lora, text = run(deltas.ConceptAblationToLora, delta=delta, rank=2).args
-    values = np.linalg.svd(weight.numpy(), compute_uv=False) ** 2
-    # rank 2 of an 8 x 6 weight and its alpha are 29 numbers
-    assert sent[-1][1:] == ("7", "me")
-    assert text == f"rank 2 keeps {values[:2].sum() / values.sum():.1%} of the change's energy, 0.0 MB"
-    assert deltas.file_megabytes(lora) == pytest.approx(2 * 29 / 1e6)
 
 
 # Datasets.

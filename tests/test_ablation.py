@@ -11,8 +11,11 @@ from concept_ablation.core.errors import AblationError
 SHARK, CAT = Concept("shark", "fish"), Concept("grumpy cat", "cat")
 
 
-def test_independent_tasks_pass():
-    check_tasks([Task(SHARK, ("octopus", "cat")), Task(CAT, ("lion",))])
+def test_independent_tasks_pass_until_one_comes_that_is_not():
+    tasks = [Task(SHARK, ("octopus", "cat")), Task(CAT, ("lion",))]
+    assert check_tasks(tasks) is None
+    with pytest.raises(AblationError, match="'lion' is to be preserved beside 'grumpy cat'"):
+        check_tasks([*tasks, Task(Concept("lion", "animal"))])
 
 
 @pytest.mark.parametrize(

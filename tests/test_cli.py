@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -18,12 +19,23 @@ from PIL import Image
 
 from concept_ablation import cli, cli_inputs
 from concept_ablation.core import delta_file
-from concept_ablation.core.delta import Delta, LayerDelta, LowRank
+from concept_ablation.core.delta import Delta, LayerDelta, LowRank, to_lora
+from concept_ablation.core.hosts import diffusers
+from concept_ablation.core.metrics import Judge
 from concept_ablation.core.subsets import select
 
 PAIR = ["--target", "tropical fish", "--anchor", "fish"]
 SMALL = ["--preset", "paper", "--images", "1", "--steps", "2", "--batch", "1"]
 ONE = ["--eval-prompts", "1", "--eval-seeds", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once():
+    """Load a model or judge for all tests here; what cannot be loaded is tried anew each time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diffusers, "load_denoiser", functools.cache(diffusers.load_denoiser))
+        patched.setattr(Judge, "load", functools.cache(Judge.load))
+        yield
 
 
 @pytest.fixture
@@ -84,7 +96,7 @@ def deltas(emoji, tmp_path_factory):
         (["--target", "", "--anchor", "fish"], "target is empty"),
         (["--target", " \t", "--anchor", "fish"], "target is empty"),
         (["--target", "Fish", "--anchor", "fish "], "both 'Fish'"),
-        ([*PAIR, "--target", "cat"], "2 targets and 1 anchors"),
+        ([*PAIR, "--target", "cat"], "Targets: 2, anchors: 1"),
         ([*PAIR, "--kind", "animal"], "'animal'"),
         ([*PAIR, "--preset", "best"], "preset 'best'.*balanced, paper"),
         ([*PAIR, "--preset", "instant"], "no steps and no batch and no images"),
@@ -142,7 +154,7 @@ def test_sample_refuses(arguments, said, refuse, deltas):
     [
         ("corrupt", PAIR, "corrupt.safetensors is damaged"),
         ("foreign", PAIR, "1 layers that emoji_diffusion"),
-        ("strong", [*PAIR, "--target", "cat"], "2 targets"),
+        ("strong", [*PAIR, "--target", "cat"], "Targets: 2"),
         ("strong", [*PAIR, "--eval-prompts", "11"], "only 10 evaluation prompts"),
         ("strong", [*PAIR, "--eval-seeds", "0"], "at least one prompt, one seed"),
     ],
@@ -172,8 +184,8 @@ def test_an_output_that_cannot_be_written(command, refuse, deltas, tmp_path):
     (tmp_path / "file").write_text("mine", "utf-8")
     delta = ["--delta", str(deltas / "strong.safetensors")]
     arguments = {"ablate": [*PAIR, *SMALL], "evaluate": [*PAIR, *delta], "sample": ["--prompt", "a cat"]}
-    output = "file/m.safetensors" if command == "merge" else "file"
-    assert "Cannot write" in refuse(command, *arguments.get(command, delta), "--output", output)
+    output, said = ("file/m.safetensors", "Cannot write") if command == "merge" else ("file", "file is a file")
+    assert said in refuse(command, *arguments.get(command, delta), "--output", output)
     assert (tmp_path / "file").read_text("utf-8") == "mine"
 
 
@@ -309,6 +321,11 @@ def test_ablate_and_evaluate_from_end_to_end(run, tmp_path, emoji):
     assert delta.layers.keys() == select("cross-attn", emoji).keys() and 0 < delta.norm() < float("inf")
     assert delta.metadata["concept_ablation.target"] == "tropical fish"
     assert delta.metadata["concept_ablation.base_model_sha256"] == emoji.fingerprint()
+    measured_of_it = json.loads(delta.metadata["concept_ablation.metrics"])["concepts"]
+    assert [row["concept"] for row in measured_of_it] == ["tropical fish", "fish", "shark"]
+    for row, reported in zip(measured_of_it, summary["concepts"], strict=True):
+        assert row["clip_accuracy"] == [reported[when]["clip_accuracy"] for when in ("before", "after")]
+    assert "concept_ablation.metrics" not in to_lora(delta, 2)[0].metadata
 
     arguments = [*PAIR, "--surrounding", "shark", *ONE, "--output", "measured"]
     code, out, _ = run("evaluate", "--delta", made / "delta.safetensors", *arguments)

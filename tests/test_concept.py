@@ -76,10 +76,10 @@ def test_concept_errors(fields: dict[str, object], message: str) -> None:
 
 
 def test_what_is_just_allowed() -> None:
-    Concept("x" * 300, "cat")
-    Concept("x" * 1000, "cat", "memorized", target_prompts=("y",))
-    Concept("Monet", "painting", "style", ("a harbor at dawn",))
-    Concept("cat", "robot cat", anchor_prompts=("a robot cat",))
+    assert len(Concept("x" * 300, "cat").target) == 300
+    assert len(Concept("x" * 1000, "cat", "memorized", target_prompts=("y",)).target) == 1000
+    assert Concept("Monet", "painting", "style", ("a harbor at dawn",)).anchor_prompts == ("a harbor at dawn",)
+    assert Concept("cat", "robot cat", anchor_prompts=("a robot cat",)).anchor_prompts == ("a robot cat",)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def test_low_rank_equals_its_dense_form(name):
     torch.testing.assert_close(LayerDelta(low).squared_norm(), low.dense().square().sum(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_bias_is_added_where_the_input_is_not_where_an_offloaded_weight_is():
+    offloaded = nn.Conv2d(4, 6, 3, device="meta")
+    bias = torch.arange(6.0)
+    added = contribution(offloaded, torch.randn(1, 4, 5, 5), LayerDelta(None, bias))
+    assert torch.equal(added, bias[None, :, None, None].expand(1, 6, 3, 3))
+
+
 def test_embedding_rows_move_only_their_tokens():
     embedding = nn.Embedding(11, 4)
     change = zeros_in_rows("e", embedding, [7, 3, 7]).layers["e"]
@@ -261,3 +268,50 @@ def test_merging_low_rank_joins_factors_and_refuses_other_shapes():
         merge([(Delta({"x": LayerDelta(a)}), 1.0), (Delta({"x": LayerDelta(torch.ones(4, 4))}), 1.0)])
     with pytest.raises(AblationError, match="nothing to merge"):
         merge([])
+
+
+def named(*layers: str, **header: str) -> Delta:
+    metadata = {f"concept_ablation.{key}": value for key, value in header.items()}
+    return Delta({name: LayerDelta(torch.ones(2, 2)) for name in layers}, metadata)
+
+
+def test_a_merge_says_what_it_is_the_sum_of_and_keeps_what_all_say_of_the_model():
+    cat = named("a", target="cat", architecture="sd1", base_model="one", base_model_sha256="1", steps="9")
+    fish = named("a", target="fish", architecture="sd1", base_model="one", base_model_sha256="1")
+    both = merge([(cat, 0.5), (fish, -1.0)])
+    of_one = {
+        "concept_ablation.architecture": "sd1",
+        "concept_ablation.base_model": "one",
+        "concept_ablation.base_model_sha256": "1",
+    }
+    assert both.metadata == {**of_one, "concept_ablation.merged": "cat x 0.5; fish x -1"}
+    chained = merge([(both, 2.0), (fish, 1.0)])
+    assert chained.metadata == {**of_one, "concept_ablation.merged": "(cat x 0.5; fish x -1) x 2; fish x 1"}
+    other = named("a", target="dog", architecture="sd1", base_model="two", base_model_sha256="2")
+    mixed = merge([(cat, 1.0), (other, 1.0)])
+    assert mixed.metadata.keys() == {"concept_ablation.architecture", "concept_ablation.merged"}
+    # what was made for two models is for neither, and a LoRA says nothing
+    for part in (mixed, named("a")):
+        assert "concept_ablation.base_model" not in merge([(cat, 1.0), (part, 1.0)]).metadata
+
+
+@pytest.mark.parametrize(
+    ("ours", "other"),
+    [
+        ("lora_unet_down_blocks_1_attentions_0_proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        ("lora_unet_mid_block_resnets_0_conv1", "diffusion_model.middle_block.0.in_layers.2"),
+        ("lora_unet_output_blocks_0_1_proj_in", "diffusion_model.output_blocks.0.1.proj_in"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        (
+            "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+        ),
+    ],
+)
+def test_two_names_for_one_layer_are_not_merged(ours, other):
+    with pytest.raises(AblationError, match="name layers in two ways") as refused:
+        merge([(named(ours), 1.0), (named(other), 1.0)])
+    assert ours in str(refused.value) and other in str(refused.value) and "\n" not in str(refused.value)
+    embedding = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+    for name in (ours, other):
+        assert merge([(named(name), 1.0), (named(embedding), 1.0)]).layers.keys() == {name, embedding}

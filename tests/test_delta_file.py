@@ -10,9 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from concept_ablation.core import delta_file
+from concept_ablation.core.concept import Concept
 from concept_ablation.core.delta import Delta, LayerDelta, LowRank, zeros
+from concept_ablation.core.delta_header import delta_header
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.subsets import empty_delta, select
+
+ENCODERS = ("clip_l", "clip_h")
 
 
 @pytest.fixture
@@ -82,12 +86,38 @@ def test_alpha_scales_a_foreign_lora(tmp_path):
 
 
 def test_embedding_file_holds_rows_not_the_vocabulary(tiny, tmp_path):
-    from concept_ablation.core.concept import Concept
-
     delta = empty_delta("embedding", tiny, [Concept("grumpy cat", "cat")])
     delta_file.save(delta, tmp_path / "d.safetensors")
     dense = 2 * 49408 * 16
     assert (tmp_path / "d.safetensors").stat().st_size < dense / 4
+
+
+def test_older_files_of_sd2_name_its_text_encoder_as_its_own_is_named(tmp_path):
+    old, new = (f"text_encoders.{name}.transformer.text_model.embeddings.token_embedding" for name in ENCODERS)
+    for family, name in (("sd2", new), ("sd1", old)):
+        saved = Delta({old: LayerDelta(torch.ones(3, 2))}, {"concept_ablation.architecture": family})
+        delta_file.save(saved, tmp_path / "d.safetensors")
+        assert delta_file.load(tmp_path / "d.safetensors").layers.keys() == {name}
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "architecture", "kohya"),
+    [
+        ("sd1", "epsilon", "stable-diffusion-v1/lora", {}),
+        ("sd1", "v_prediction", "stable-diffusion-v1/lora", {}),
+        ("sd2", "epsilon", "stable-diffusion-v2-512/lora", {"ss_v2": "True"}),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v/lora", {"ss_v2": "True"}),
+        ("sdxl", "epsilon", "stable-diffusion-xl-v1-base/lora", {"ss_base_model_version": "sdxl_base_v1-0"}),
+    ],
+)
+def test_the_header_names_the_family_as_modelspec_and_webuis_know_it(
+    make_model, family, prediction, architecture, kohya
+):
+    model = make_model(prediction_type=prediction)
+    model.architecture = family
+    header = delta_header(model, [Concept("grumpy cat", "cat")], "0", {})
+    assert header["modelspec.architecture"] == architecture
+    assert {key: value for key, value in header.items() if key.startswith("ss_")} == kohya
 
 
 def refused(path, match):

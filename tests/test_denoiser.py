@@ -119,7 +119,7 @@ def test_conditioning_is_indexed_and_joined_by_row():
     joined = Conditioning.cat([one[[2, 0]], one[1:2]])
     assert len(joined) == 3 and joined.tensors["pooled"].flatten().tolist() == [2, 0, 1]
     assert joined.context[:, 0, 0].tolist() == [4, 0, 2]
-    assert joined.to("cpu").tensors.keys() == {"context", "pooled"}
+    assert joined.tensors.keys() == {"context", "pooled"}
 
 
 @pytest.fixture

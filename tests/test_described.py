@@ -82,3 +82,25 @@ def test_what_a_function_does_later_makes_no_other_one():
     before = described(note)
     note(torch.ones(1))
     assert described(note) == before
+
+
+def test_how_deep_a_function_was_first_met_makes_no_difference():
+    settings = 0.5
+    for _ in range(6):
+        settings = [settings]
+    early, late = patch(settings), patch(settings)
+    nested = early
+    for _ in range(4):
+        nested = [nested]
+    described(nested)
+    assert described(early) == described(late)
+
+
+def test_where_a_custom_node_is_installed_makes_no_difference():
+    """ComfyUI names the module of a custom node by its whole path."""
+    seen = set()
+    for folder in ("/home/me/ComfyUI/custom_nodes/", "D:\\ComfyUI_x_v3\\custom_nodes\\"):
+        function, scaling = patch(0.5), type("Scaling", (Scaling,), {})
+        function.__module__ = scaling.__module__ = f"{folder}freeu.nodes"
+        seen.add(described([function, scaling(2.0), scaling]))
+    assert len(seen) == 1 and "freeu.nodes" in seen.pop()

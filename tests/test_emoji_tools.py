@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import convolution
 import denoiser
 import export
 import export_single_file
-import judge
 import latents
 import memorized
 import numpy as np
@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 
 from concept_ablation.core import token_rows
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.hosts.diffusers import load_denoiser
+from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, load_denoiser
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.samplers import SampleSettings, draw_images
-from concept_ablation.tests.emoji_shapes import SCENE, SIZE, shapes, strangers, tiny
+from concept_ablation.tests.emoji_shapes import SCENE, SIZE, average_loss, remaining_loss, shapes, strangers, tiny
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +47,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> train.Run:
     return whole
 
 
-def average_loss(loss: stage.Loss, model: torch.nn.Module) -> float:
-    """Over the same few batches whatever the model."""
-    rng = torch.Generator().manual_seed(123)
-    with torch.no_grad():
-        return float(np.mean([loss(model.eval(), rng).item() for _ in range(6)]))
-
-
 # --- The chain -------------------------------------------------------------------------------------------------------
 
 
 def test_every_stage_lowers_its_loss(run):
-    own, parts = shapes(), run.settings
-    found = latents.load_latents(run.out / "latents")
-    cases = {
-        "autoencoder": (autoencoder.build(parts), autoencoder.reconstruction_loss(own, parts)),
-        "denoiser": (denoiser.build(parts, found), denoiser.noise_loss(own, found, parts)),
-        "judge": (judge.build(parts.judge), judge.judge_loss(own, strangers(), parts, parts.judge)),
-    }
-    for name, (model, loss) in cases.items():
-        before = average_loss(loss, model)
-        assert average_loss(loss, stage.load_average(model, run.out / name)) < 0.97 * before, name
+    left = remaining_loss(run.out, run.settings, shapes(), strangers())
+    assert all(share < 0.97 for share in left.values()), left
 
 
 def test_the_exported_model_and_judge_load_and_draw(run):
@@ -94,13 +79,36 @@ def test_the_single_file_draws_what_the_folder_draws(run, tmp_path):
     vae = autoencoder.build(wide)
     vae.register_to_config(scaling_factor=found.scale)
     export.write_model(tmp_path / "folder", model, vae)
-    export_single_file.write(file, model, vae)
+    export_single_file.export_single_file(tmp_path / "folder", file)
     prompts, settings_ = ["a box", "a ring, flat style"], SampleSettings(steps=3)
     one, other = (
         draw_images(load_denoiser(path, device="cpu", precision="fp32"), prompts, [1, 2], settings_)
         for path in (tmp_path / "folder", file)
     )
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_the_model_that_ships_predicts_the_same_from_a_single_file(tmp_path, monkeypatch):
+    file = tmp_path / "emoji.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export_single_file.py", "--out", str(file)])
+    assert export_single_file.main() == 0
+    one, other = (load_denoiser(path, device="cpu", precision="fp32") for path in (None, file))
+    noisy = 5 * torch.randn(2, *one.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (
+            model.denoise(noisy, torch.full((2,), 5.0), model.encode(["a tropical fish", "an owl by flat"]))
+            for model in (one, other)
+        )
+        images, others = (model.vae.decode(expected) for model in (one, other))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(others, images)
+
+
+def test_a_single_file_of_no_model_is_refused(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "emoji.safetensors"
+    monkeypatch.setattr(sys, "argv", ["export_single_file.py", "--model", str(tmp_path), "--out", str(file)])
+    assert export_single_file.main() == 1
+    assert "model_index.json" in capsys.readouterr().err and not file.exists()
 
 
 def test_the_memorized_pictures_are_the_scenes_as_the_autoencoder_restores_them(run):
@@ -158,6 +166,26 @@ def test_the_card_has_a_dash_for_what_was_not_measured():
     assert "| 0.75 | – | ≥ 0.7 |" in text and "| – | – | ≥ 0.9 |" in text
     assert "of 2 | 1 | – | all |" in text and "bird 5, cat 4" in text
     assert "| denoiser | 10 × 4 | 1.5 | – → – |" in text and "| noto | Noto | Google | Apache-2.0 |" in text
+
+
+def test_the_card_that_ships_is_what_the_template_makes_of_its_figures():
+    committed = (EMBEDDED_MODEL / "README.md").read_text("utf-8")
+    quality, log, hints = (
+        json.loads((EMBEDDED_MODEL / f"{name}.json").read_text("utf-8"))
+        for name in ("quality", "training", "ablation_hints")
+    )
+    # how many pictures there were, and whose, the card alone says
+    row = r"\| (?P<style>{}) \| (?P<set>.+) \| (?P<author>.+) \| (?P<licence>.+) \|"
+    credits = tuple(re.search(row.format(style), committed).groupdict() for style in hints["styles"])
+    trained_on = pictures.Pictures(
+        torch.empty(1332, 0),
+        torch.empty(0),
+        torch.empty(0),
+        tuple(pictures.Concept(name, category, "") for name, category in hints["categories"].items()),
+        tuple(hints["styles"]),
+        credits,
+    )
+    assert card.card(quality["model"], quality["draft"], log, trained_on) == committed
 
 
 def test_a_folder_that_is_no_model_starts_nothing(tmp_path):

@@ -1,4 +1,6 @@
-"""The page on the gradio that Forge pins: its tests without a browser, once more, in a Python that has that gradio."""
+"""The page on the gradio that Forge pins: its tests without a browser, once more, in a Python that has that gradio, and
+with it older numpy, transformers and diffusers. No other test runs ablations on those.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from concept_ablation.tests.conftest import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 GRADIO = Path(os.environ.get("CONCEPT_ABLATION_GRADIO4", ROOT / ".gradio4"))
-FILES = ("tests/test_web.py", "tests/web/test_jobs.py", "tests/web/test_server.py")
+FILES = ("tests/test_web.py", "tests/web/test_jobs.py", "tests/web/test_pages.py", "tests/web/test_server.py")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

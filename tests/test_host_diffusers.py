@@ -19,7 +19,7 @@ from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, DiffusersDenoi
 from concept_ablation.core.hosts.single_file import write_single_file
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings, sample_latents
-from concept_ablation.core.subsets import empty_delta, trainable
+from concept_ablation.core.subsets import empty_delta, select, trainable
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 DRAW = (["a cat", "a red apple"], [1, 2], SampleSettings(3))
@@ -269,6 +269,17 @@ def test_settings_that_do_not_fit(name, values, folder):
         (folder / name).write_text("{}", "utf-8")
     change(folder / name, **values)
     assert str(folder) in refusal(folder)
+
+
+def test_the_text_encoder_of_sd2_is_named_as_comfyui_names_it(make_model):
+    parts = make_model()
+    network = UNet2DConditionModel.from_config(parts.network.config, cross_attention_dim=1024)
+    schedule = {"beta_schedule": "scaled_linear"}
+    model = DiffusersDenoiser(
+        Parts(network, parts.text_network, parts._tokenizer, parts.vae._vae, schedule), "x", torch.device("cpu"), None
+    )
+    tables = [select("embedding", one) for one in (model, parts)]
+    assert [[name.split(".")[1] for name in table] for table in tables] == [["clip_h"], ["clip_l"]]
 
 
 def test_an_inpainting_network_is_refused(make_model):

@@ -10,8 +10,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
+
+from concept_ablation.tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = {"torch": "2.4.1+cu121", "torchvision": "0.19.1+cu121"}
@@ -254,11 +257,29 @@ def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install, monk
         ["python", "-m", "pip", "install", *install.COPY_DETECTOR],
         ["python", "-m", "tools.comfyui.get_comfyui"],
         ["python", "-m", "tools.web.get_gradio"],
-        ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-k", "x"],
+        ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-k", "x"],
     ]
     assert install.commands("demo", python, ["--steps", "5"]) == [
         ["python", "-m", "concept_ablation.cli", "demo", "--steps", "5"]
     ]
+
+
+def test_one_worker_gets_all_of_comfyuis_tests_and_the_longest_files_come_first():
+    names = ("test_a.py::x", "test_a.py::y", "comfyui/test_a.py::x", "web/test_browser.py::x", "comfyui/test_b.py::x")
+    items = [SimpleNamespace(nodeid=f"tests/{name}") for name in names]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.nodeid.removeprefix("tests/") for item in items] == [
+        "comfyui/test_a.py::x",
+        "comfyui/test_b.py::x",
+        "web/test_browser.py::x",
+        "test_a.py::x",
+        "test_a.py::y",
+    ]
+    assert all((ROOT / name).exists() for name in conftest.LONGEST)
+    options = SimpleNamespace(getvalue={"dist": "loadfile", "tx": ["popen"]}.get)
+    scheduler = conftest.pytest_xdist_make_scheduler(options, None)
+    units = [scheduler._split_scope(item.nodeid) for item in items]
+    assert len(set(units[:2])) == 1 and units[2:] == ["tests/web/test_browser.py", "tests/test_a.py", "tests/test_a.py"]
 
 
 @pytest.mark.parametrize(("codes", "expected", "runs"), [([0] * 5 + [5], 5, 6), ([0, 1], 1, 2), ([0] * 6, 0, 6)])

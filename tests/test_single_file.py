@@ -147,7 +147,7 @@ def test_the_embedded_models_configuration_comes_back(emoji, emoji_file):
         original = json.loads(json.dumps({key: getattr(part.config, key) for key in config}))
         assert original == config
     assert (file.vae_class, file.prediction_type) == ("AutoencoderTiny", "epsilon")
-    assert file.vae_scale == emoji[2].config.scaling_factor
+    assert file.vae_config["scaling_factor"] == emoji[2].config.scaling_factor
 
 
 def test_taesd_is_numbered_as_in_its_own_code(emoji, emoji_file):
@@ -191,7 +191,7 @@ def test_taesd_scale_comes_from_its_tensor_without_our_metadata(emoji_file, tmp_
     file = read_single_file(path)
 
     scale = AutoencoderTiny.load_config(EMOJI / "vae")["scaling_factor"]
-    assert file.vae_scale == pytest.approx(scale, rel=1e-6) == file.vae_config["scaling_factor"]
+    assert file.vae_config["scaling_factor"] == pytest.approx(scale, rel=1e-6)
     assert file.unet_config["attention_head_dim"] == 8
     assert file.text_config["num_attention_heads"] == 256 // 64
 
@@ -203,7 +203,7 @@ def test_sd1_structure_round_trip(small, small_file):
         assert_same_tensors(tensors, part.state_dict(), torch.float32)
     tokens = torch.tensor([[118, 5, 77, 119, 119]])
     assert_same_outputs(outputs(*built(file), tokens), outputs(*small, tokens))
-    assert (file.vae_class, file.vae_scale) == ("AutoencoderKL", 0.18215)
+    assert (file.vae_class, file.vae_config["scaling_factor"]) == ("AutoencoderKL", 0.18215)
 
 
 def test_diffusers_converters_read_the_same(small_tensors, small_file):

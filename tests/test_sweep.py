@@ -220,7 +220,7 @@ def test_the_command_ablates_a_list_and_goes_on_where_it_was(command, monkeypatc
     monkeypatch.setattr(
         sweep_cli, "run_task", lambda options, task, folder: (asked.append(options.negative_guidance), report(folder))
     )
-    command(*arguments, "--negative-guidance", "0.7")
+    command(*arguments, "--objective", "model", "--negative-guidance", "0.7")
     assert asked == [0.7, 0.7]
 
 

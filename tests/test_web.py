@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -239,6 +241,40 @@ def test_a_lora_keeps_the_largest_directions(deltas):
     assert torch.allclose(weight.dense(), torch.diag(torch.tensor([3.0, 2.0, 0.0])), atol=1e-2)
 
 
+def test_the_name_of_a_deleted_delta_is_not_given_to_another_one(deltas):
+    """Forge's cache of LoRAs goes by the path: it gave the deleted edit."""
+    delta = delta_file.load(deltas / "one.safetensors")
+    first = library.save_new(delta, deltas, "mine")
+    first.unlink()
+    library.delete(deltas, "two.safetensors")
+    assert library.save_new(delta, deltas, "mine").name == "mine-2.safetensors"
+    assert library.save_new(delta, deltas, "two").name == "two-2.safetensors"
+
+
+def test_two_that_save_under_one_name_at_once_get_two_files(tmp_path, monkeypatch):
+    save = delta_file.save
+
+    def slowly(delta, path):
+        time.sleep(0.05)
+        save(delta, path)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(delta_file, "save", slowly)
+    saved = {}
+
+    def work(value):
+        saved[value] = library.save_new(Delta({"lora_unet_x": LayerDelta(torch.full((2, 2), value))}), tmp_path, "one")
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {path.name for path in saved.values()} == {"one.safetensors", "one-2.safetensors"}
+    for value, path in saved.items():
+        assert delta_file.load(path).layers["lora_unet_x"].weight[0, 0] == value
+
+
 def test_a_deleted_delta_is_gone(deltas):
     library.delete(deltas, "one.safetensors")
     assert [item.file for item in library.saved(deltas)] == ["two.safetensors"]
@@ -281,8 +317,11 @@ def test_an_open_page_wants_a_user_and_a_password(access, message):
 
 
 def test_a_closed_page_and_one_with_a_password_are_fine():
-    Access().check()
-    Access(listen=True, user="me", password="long enough").check()
+    closed, guarded = Access(), Access(listen=True, user="me", password="long enough")
+    for access in (closed, guarded):
+        access.check()
+    assert not closed.open and closed.login is None
+    assert guarded.open and guarded.login == ("me", "long enough")
 
 
 def test_the_command_refuses_to_listen_without_a_password(monkeypatch, capsys, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from concept_ablation.core import delta_file
+from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.progress import Progress
 from concept_ablation.tests.conftest import unavailable
@@ -36,10 +40,11 @@ with_forge = pytest.mark.skipif(not FORGE, reason="CONCEPT_ABLATION_FORGE does n
 # What a WebUI does with the script, in a process that has never seen the package.
 AS_A_WEBUI = """
 import json, sys
-tests, script, folder, forge, version = sys.argv[1:]
+tests, script, folder, webui, version = sys.argv[1:]
 sys.path.insert(0, tests)
 import contract
-callbacks = contract.run_script(script, folder, forge=forge == "forge")
+callbacks = contract.run_script(script, folder, webui)
+callbacks.found["on_model_loaded"](object())
 import gradio
 if version:
     gradio.__version__ = version
@@ -70,8 +75,8 @@ def gradio():
     return gradio
 
 
-def as_a_webui(folder: Path, *, forge: bool, version: str = "") -> dict[str, Any]:
-    arguments = [ROOT / "tests" / "forge", SCRIPT, folder, "forge" if forge else "no", version]
+def as_a_webui(folder: Path, webui: str, version: str = "") -> dict[str, Any]:
+    arguments = [ROOT / "tests" / "forge", SCRIPT, folder, webui, version]
     result = subprocess.run(
         [sys.executable, "-c", AS_A_WEBUI, *map(str, arguments)],
         env={**os.environ, "PYTHONUTF8": "1"},
@@ -87,7 +92,8 @@ def as_a_webui(folder: Path, *, forge: bool, version: str = "") -> dict[str, Any
 @pytest.fixture
 def webui(tmp_path, monkeypatch):
     """Stand-ins for Forge's modules in this process, as one object."""
-    modules = contract.stand_ins(str(tmp_path), forge=True)
+    modules = contract.stand_ins(str(tmp_path), "forge")
+    monkeypatch.setattr(extension, "_kept", {})
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return modules["modules"]
@@ -97,8 +103,8 @@ def webui(tmp_path, monkeypatch):
 
 
 def test_in_forge_the_script_shows_the_tab(gradio, tmp_path):
-    found = as_a_webui(tmp_path, forge=True)
-    assert found["registered"] == ["on_ui_settings", "on_ui_tabs"]
+    found = as_a_webui(tmp_path, "forge")
+    assert found["registered"] == ["on_model_loaded", "on_ui_settings", "on_ui_tabs"]
     assert (found["blocks"], found["title"], found["element"]) == ("Blocks", "Concept Ablation", "concept_ablation")
     assert "Draw instead" in found["labels"]
     assert set(found["settings"]) == {extension.JUDGE, extension.SUBFOLDER}
@@ -107,17 +113,28 @@ def test_in_forge_the_script_shows_the_tab(gradio, tmp_path):
     assert found["taken"] == []
 
 
-@pytest.mark.parametrize(("forge", "version"), [(False, ""), (True, "3.41.2"), (False, "3.41.2")])
-def test_elsewhere_the_tab_says_what_to_do_instead(gradio, tmp_path, forge, version):
-    found = as_a_webui(tmp_path, forge=forge, version=version)
+@pytest.mark.parametrize(("webui", "version"), [("a1111", ""), ("forge", "3.41.2"), ("a1111", "3.41.2"), ("neo", "")])
+def test_elsewhere_the_tab_says_what_to_do_instead(gradio, tmp_path, webui, version):
+    found = as_a_webui(tmp_path, webui, version)
     assert (found["title"], found["labels"]) == ("Concept Ablation", [])
     (page,) = found["html"]
     assert "concept-ablation" in page and f"ui --model &quot;{tmp_path}/&lt;a&gt; model.safetensors&quot;" in page
-    assert "install.py" in page and f"{tmp_path}/Lora" in page and "&lt;lora:its-name:1&gt;" in page
+    loras = "models/Lora" if webui == "neo" else f"{tmp_path}/Lora"
+    assert "install.py" in page and f"<code>{loras}</code>" in page and "&lt;lora:its-name:1&gt;" in page
     assert set(found["settings"]) == {extension.JUDGE, extension.SUBFOLDER}
 
 
 # --- The host on stand-ins --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", ["sd20", "lora_dir"])
+def test_a_fork_that_lacks_what_we_use_is_not_taken_for_forge(gradio, webui, lacking, monkeypatch):
+    assert extension.can_work()
+    if lacking == "sd20":
+        monkeypatch.delitem(sys.modules, "backend.diffusion_engine.sd20")
+    else:
+        del webui.shared.cmd_opts.lora_dir
+    assert not extension.can_work()
 
 
 def test_the_host_uses_the_webuis_folders(webui, tmp_path):
@@ -146,7 +163,8 @@ def test_what_is_saved_is_shown_to_the_lora_extension(webui, monkeypatch):
     extension.WebUIHost().show(None)
     monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(list_available_networks=call))
     extension.WebUIHost().show(None)
-    assert listed == [1]
+    extension.WebUIHost().files_changed()
+    assert listed == [1, 1]
 
 
 def test_a_job_that_cannot_begin_leaves_lock_and_state_free(webui):
@@ -172,6 +190,102 @@ def test_applied_deltas_are_read_from_the_models_own_patches(webui):
     with pytest.raises(AblationError, match="busy"):
         host.remove()
     host.remove("no such file")
+
+
+class Patcher:
+    """A network's or the text encoder's patcher, with nothing but its patches."""
+
+    def __init__(self, patches=()):
+        self.lora_patches = dict(patches)
+
+    def clone(self):
+        return Patcher(self.lora_patches)
+
+
+class Clip:
+    def __init__(self, patcher):
+        self.patcher = patcher
+
+    def clone(self):
+        return Clip(self.patcher.clone())
+
+
+class Objects(SimpleNamespace):
+    def shallow_copy(self):
+        return Objects(**vars(self))
+
+
+@pytest.fixture
+def load(webui, monkeypatch):
+    """Loads a checkpoint as Forge does, which makes a new engine each time."""
+
+    def patched(unet, clip, delta, strength, name):
+        assert not torch.is_inference_mode_enabled() and delta.layers
+        unet = unet.clone()
+        unet.lora_patches[name, strength, 1.0, False] = {}
+        return unet, clip
+
+    def engine(checkpoint):
+        with torch.inference_mode(), webui.call_queue.queue_lock:
+            made = SimpleNamespace(filename=checkpoint)
+            made.forge_objects_original = Objects(unet=Patcher(), clip=Clip(Patcher()))
+            made.forge_objects = made.forge_objects_original.shallow_copy()
+            webui.shared.sd_model = made
+            extension.apply_again(made)
+        return made
+
+    monkeypatch.setattr("concept_ablation.core.hosts.webui.patched", patched)
+    monkeypatch.setattr("concept_ablation.core.hosts.webui.architecture_of", lambda engine: "sd1")
+    monkeypatch.setattr(extension, "_engine", lambda: webui.shared.sd_model)
+    return engine
+
+
+@pytest.fixture
+def deltas(tmp_path):
+    """Two saved deltas."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]
+    for path in paths:
+        delta_file.save(Delta({"lora_unet_x": LayerDelta(torch.ones(2, 2))}), path)
+    return paths
+
+
+def test_a_checkpoint_that_is_loaded_again_gets_its_deltas_again(load, deltas):
+    host = extension.WebUIHost()
+    load("one.safetensors")
+    host.apply(deltas[0], 1.0)
+    host.apply(deltas[1], 1.0)
+    host.apply(deltas[0], 0.5)
+    applied = (Applied("b.safetensors", 1.0), Applied("a.safetensors", 0.5))
+    assert host.applied() == applied
+    other = load("other.safetensors")
+    assert host.applied() == () and not other.forge_objects.unet.lora_patches
+    engine = load("one.safetensors")
+    assert host.applied() == applied
+    assert engine.forge_objects.unet.lora_patches == engine.forge_objects_after_applying_lora.unet.lora_patches
+    assert len(engine.forge_objects.unet.lora_patches) == 2
+    host.remove("b.safetensors")
+    load("one.safetensors")
+    assert host.applied() == (Applied("a.safetensors", 0.5),)
+    host.remove()
+    load("one.safetensors")
+    assert host.applied() == ()
+
+
+def test_a_delta_that_cannot_be_applied_again_is_logged_and_stops_neither_the_others_nor_forge(load, deltas, caplog):
+    host = extension.WebUIHost()
+    load("one.safetensors")
+    for path in deltas:
+        host.apply(path, 1.0)
+    deltas[0].unlink()
+    with caplog.at_level(logging.ERROR):
+        load("one.safetensors")
+    assert host.applied() == (Applied("b.safetensors", 1.0),)
+    (record,) = caplog.records
+    assert "a.safetensors could not be applied" in record.getMessage()
+    host.remove("a.safetensors")
+    caplog.clear()
+    load("one.safetensors")
+    assert not caplog.records, "what was taken off is not tried again"
 
 
 # --- The contract -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import gradio as gr
@@ -14,12 +14,13 @@ from ..core.presets import PRESETS
 from ..core.subsets import SUBSETS
 from ..core.trainer import OBJECTIVES, PHASE
 from . import evidence_fields, views
-from .ablating import AblationResult, ablation
+from .ablating import ablation
 from .compat import in_turn, private
 from .form import FIELDS, HINTED, PRESET, Form, check, preset_values, suggest_anchor
 from .host import Host
 from .jobs import Job, Runner
-from .library import export_lora
+from .result_panel import ResultPanel
+from .session import KEY_JS, session_of
 from .words import ANCHOR_WORDS, KIND_LABELS, TARGET_WORDS
 
 # On a narrow page the right side lies below the form: bring into view what was started, or what is wrong.
@@ -29,7 +30,7 @@ _SHOW_JS = """() => {
   if (shown) shown.scrollIntoView({block: innerWidth < 700 ? "start" : "nearest", behavior: "smooth"});
 }"""
 # In the browser, for only it knows whether something was typed while the server thought of an anchor.
-_KEEP_TYPED_JS = "(typed, suggested) => typed || suggested"
+_KEEP_TYPED_JS = '(typed, suggested, replaced) => (typed || "") === (replaced || "") ? suggested : typed'
 _START, _QUEUE = "Ablate", "Add to the queue"
 _LATE_FIELDS = ("model", "subset", "eval_prompts", "original")
 """Fields whose errors can be found only when the model is there."""
@@ -43,8 +44,11 @@ class AblatePage:
         self.fields: dict[str, Any] = {}
         self._errors: dict[str, gr.HTML] = {}
         self._seen = gr.State((0, 0))
+        # the browser's key, and the job that it shows: both come back from it, for only it knows them
+        self._key, self._watched = (gr.Textbox("", visible=False) for _ in range(2))
         self._timer = gr.Timer(1.0, active=False)
-        # by this one a second window of the same session catches up, whose other timer nothing has started
+        # by this one a page catches up whose other timer nothing has started: a second window of the same session, and
+        # one that gradio took the session from, which it does an hour after a connection has dropped
         self._watch = gr.Timer(5.0)
         with gr.Row(elem_classes="ca-columns"):
             with gr.Column(scale=5, min_width=320, elem_classes="ca-form"):
@@ -60,23 +64,20 @@ class AblatePage:
     @property
     def applied(self) -> Any:
         """Which deltas are applied."""
-        return self._applied
+        return self._result.applied
 
     @property
-    def poll_inputs(self) -> list[Any]:
+    def _poll_inputs(self) -> list[Any]:
         return [self._session, self._seen]
 
     @property
-    def poll_outputs(self) -> list[Any]:
-        return [*self._shown, *(self._errors[name] for name in _LATE_FIELDS), self._chosen, *self._result_outputs]
+    def _poll_outputs(self) -> list[Any]:
+        return [*self._shown, *(self._errors[name] for name in _LATE_FIELDS), *self._result.outputs]
 
     @property
     def _shown(self) -> list[Any]:
-        return [self._status, self._chart, self._queue, self._start, self._cancel, self._timer, self._seen]
-
-    @property
-    def _result_outputs(self) -> list[Any]:
-        return [self._results, self._pairs, self._metrics, self._report, self._files, self._applied]
+        shown = [self._status, self._chart, self._queue, self._start, self._cancel, self._timer]
+        return [*shown, self._watched, self._seen]
 
     def _field(self, name: str, component: Any) -> Any:
         """Register a field and give it a place for its error, right below."""
@@ -173,62 +174,44 @@ class AblatePage:
         self._cancel = gr.Button("Cancel", visible=False, elem_classes="ca-narrow")
         self._chart = gr.HTML()
         self._queue = gr.HTML()
-        with gr.Column(visible=False, elem_classes="ca-results") as self._results:
-            self._chosen = gr.Dropdown(label="Result", visible=False)
-            self._metrics = gr.HTML()
-            self._pairs = gr.HTML()
-            self._files = gr.File(label="Download", file_count="multiple", interactive=False, elem_classes="ca-files")
-            with gr.Row(elem_classes="ca-actions"):
-                self._rank = gr.Slider(1, 128, value=8, step=1, label="LoRA rank", min_width=180)
-                self._export = gr.Button("Make a LoRA of this rank", min_width=180)
-            with gr.Row(elem_classes="ca-actions"):
-                self._apply = gr.Button("Apply to the model", min_width=150)
-                self._remove = gr.Button("Remove", min_width=100)
-            self._applied = gr.HTML(views.applied(self._host.applied()))
-            self._report = gr.HTML()
+        self._result = ResultPanel(self._host, self._runner, self._session)
 
-    def connect(self) -> None:
-        """Attach the events."""
+    def connect(self, blocks: gr.Blocks) -> None:
+        """Attach the events; `blocks` is the page around it."""
         f, quiet = self.fields, {"show_progress": "hidden", **private()}
         values = [f[name] for name in FIELDS]
         errors = [self._errors[name] for name in FIELDS]
         started = self._start.click(
             self._begin,
             [self._session, self._seen, *values],
-            [self._session, self._form_note, *errors, *self._shown, self._chosen, *self._result_outputs],
+            [self._session, self._form_note, *errors, *self._shown, *self._result.outputs],
             show_progress="hidden",
             api_name="ablate",
             **in_turn(),
         )
         started.then(None, None, None, js=_SHOW_JS, **private())
-        self._timer.tick(
-            self.poll,
-            self.poll_inputs,
-            self.poll_outputs,
-            show_progress="hidden",
-            api_name="progress",
-            **in_turn(),
-        )
-        self._watch.tick(self.poll, self.poll_inputs, self.poll_outputs, **quiet, **in_turn())
+        polled = [self._poll_inputs, self._poll_outputs]
+        self._timer.tick(self._poll, *polled, show_progress="hidden", api_name="progress", **in_turn())
+        found_again = [[self._key, *self._poll_inputs], [self._session, *self._poll_outputs]]
+        for when in (blocks.load, self._watch.tick):
+            when(self._catch_up, *found_again, js=KEY_JS, **quiet, **in_turn())
         told = {"show_progress": "hidden", "api_name": "cancel", **in_turn()}
-        self._cancel.click(self._stop, self.poll_inputs, self.poll_outputs, **told)
+        self._cancel.click(self._stop, [*self._poll_inputs, self._watched], self._poll_outputs, **told)
         suggestion = [f["target"], f["anchor"], f["kind"], f["model"]]
-        suggested = gr.Textbox(visible=False)
-        filling = [[f["anchor"], suggested], f["anchor"]]
-        for said in (f["target"].blur, f["target"].submit):
-            thought = said(self._suggest, suggestion, [suggested, self._errors["anchor"]], **quiet)
-            thought.then(None, *filling, js=_KEEP_TYPED_JS, **private())
+        suggested, replaced = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        for said, think in (
+            (f["target"].blur, self._suggest),
+            (f["target"].submit, self._suggest),
+            (f["kind"].input, self._suggest_again),
+        ):
+            thought = said(think, suggestion, [suggested, replaced, self._errors["anchor"]], **quiet)
+            thought.then(None, [f["anchor"], suggested, replaced], f["anchor"], js=_KEEP_TYPED_JS, **private())
         worded = [f["target"], f["anchor"], f["captions"], f["original"]]
         f["kind"].change(self._words, f["kind"], worded, **quiet)
-        f["kind"].input(self._suggest_again, suggestion, f["anchor"], **quiet)
         hinted = [f["preset"], *(f[name] for name in HINTED)]
         for name in ("kind", "preset"):
             f[name].change(self._hints, [f["preset"], f["kind"]], hinted, **quiet)
-        self._chosen.input(self._show_chosen, [self._session, self._chosen], self._result_outputs, **quiet)
-        result = [self._session, self._chosen]
-        self._export.click(self._make_lora, [*result, self._rank], [self._files, self._applied], **quiet)
-        self._apply.click(self._apply_result, result, self._applied, **quiet)
-        self._remove.click(self._remove_result, result, self._applied, **quiet)
+        self._result.connect()
 
     def _begin(self, session: str, seen: tuple[int, int], *values: Any) -> list[Any]:
         session = session or uuid.uuid4().hex
@@ -249,19 +232,24 @@ class AblatePage:
         shown, _, results = self._look(session, seen)
         return [session, told, *slots, *shown, *results]
 
-    def poll(self, session: str, seen: tuple[int, int]) -> list[Any]:
+    def _poll(self, session: str, seen: tuple[int, int]) -> list[Any]:
         """Everything on the right, as far as it has changed; `seen` is (the result, the ended job) shown last."""
         shown, late, results = self._look(session, seen)
         return [*shown, *late, *results]
+
+    def _catch_up(self, key: str | None, session: str, seen: tuple[int, int]) -> list[Any]:
+        """The session of the browser with that key, which keeps gradio from letting it go, and what it shows."""
+        session = session_of(key, session)
+        return [session, *self._poll(session, seen)]
 
     def _look(self, session: str, seen: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
         """Values of what is always shown, of the errors that come late, and of the result."""
         jobs = self._runner.of(session)
         current = _current(jobs)
         late: list[Any] = [gr.skip()] * len(_LATE_FIELDS)
-        results: list[Any] = [gr.skip()] * (1 + len(self._result_outputs))
+        results = self._result.unchanged()
         if current is None:
-            nothing = [views.idle(), "", "", gr.update(value=_START), _hidden(), gr.update(active=False), (0, 0)]
+            nothing = [views.idle(), "", "", gr.update(value=_START), _hidden(), gr.update(active=False), "", (0, 0)]
             return nothing, late, results
         places = {id(job): self._runner.place(job) for job in jobs}
         training = current.stages.get(PHASE)
@@ -271,9 +259,7 @@ class AblatePage:
         if ended and ended != seen[1]:
             late = [_error(current.message if current.failed_field == name else "") for name in _LATE_FIELDS]
         if result_id and result_id != seen[0]:
-            choices = [(f"{job.title} ({job.id})", str(job.id)) for job in reversed(done)]
-            chosen = gr.update(choices=choices, value=str(result_id), visible=len(done) > 1)
-            results = [chosen, *self._show(done[-1])]
+            results = self._result.of(done)
         shown = [
             views.status(current, places[id(current)]),
             views.loss_chart(current.losses, training.total) if training else "",
@@ -281,82 +267,29 @@ class AblatePage:
             gr.update(value=_QUEUE if current.active else _START),
             gr.update(visible=current.active, interactive=not current.cancelling),
             gr.update(active=any(job.active for job in jobs)),
+            str(current.id),
             (result_id, ended),
         ]
         return shown, late, results
 
-    def _stop(self, session: str, seen: tuple[int, int]) -> list[Any]:
-        current = _current(self._runner.of(session))
-        if current is not None and current.active:
-            self._runner.cancel(current)
-        return self.poll(session, seen)
-
-    def _show(self, job: Job) -> list[Any]:
-        result: AblationResult = job.result
-        report = result.folder / "report.html"
-        return [
-            gr.update(visible=True),
-            views.pairs(result.evaluation),
-            views.metrics(result.evaluation),
-            views.report(report.read_text(encoding="utf-8")) if report.is_file() else "",
-            [str(path) for path in result.files if path.is_file()],
-            views.applied(self._host.applied()),
-        ]
-
-    def _show_chosen(self, session: str, chosen: str) -> list[Any]:
-        job = self._done(session, chosen)
-        return self._show(job) if job is not None else [gr.skip()] * len(self._result_outputs)
-
-    def _done(self, session: str, chosen: str | None) -> Job | None:
-        """The finished job that is shown: one of the session's own."""
-        done = [job for job in self._runner.of(session) if job.state == "done"]
-        return next((job for job in done if str(job.id) == str(chosen)), None)
-
-    def _make_lora(self, session: str, chosen: str, rank: float) -> tuple[Any, str]:
-        def make(job: Job) -> tuple[Any, str]:
-            path, kept = export_lora(self._host.delta_folder, job.result.delta.name, int(rank))
-            size = path.stat().st_size / 1e6
-            listed = [str(item) for item in job.result.files if item.is_file()]
-            said = f"{path.name}: rank {int(rank)}, {size:.1f} MB, {kept:.1%} of the energy kept; see the list above."
-            return [*listed, str(path)], views.note(said, "good")
-
-        return self._with_result(session, chosen, make, gr.skip())
-
-    def _apply_result(self, session: str, chosen: str) -> str:
-        def apply(job: Job) -> tuple[Any, str]:
-            self._host.apply(job.result.delta, 1.0)
-            return None, views.applied(self._host.applied())
-
-        return self._with_result(session, chosen, apply, None)[1]
-
-    def _remove_result(self, session: str, chosen: str) -> str:
-        def remove(job: Job) -> tuple[Any, str]:
-            self._host.remove(job.result.delta.name)
-            return None, views.applied(self._host.applied())
-
-        return self._with_result(session, chosen, remove, None)[1]
-
-    def _with_result(
-        self, session: str, chosen: str, act: Callable[[Job], tuple[Any, str]], otherwise: Any
-    ) -> tuple[Any, str]:
-        job = self._done(session, chosen)
-        if job is None:
-            return otherwise, views.note("There is no result yet: press Ablate first.", "bad")
-        try:
-            return act(job)
-        except AblationError as error:
-            return otherwise, views.note(str(error), "bad")
+    def _stop(self, session: str, seen: tuple[int, int], watched: str) -> list[Any]:
+        """Cancel the job that the page shows: it may have ended since, and the next one is not what was meant."""
+        jobs = self._runner.of(session)
+        meant = next((job for job in jobs if str(job.id) == watched), None) if watched else _current(jobs)
+        if meant is not None and meant.active:
+            self._runner.cancel(meant)
+        return self._poll(session, seen)
 
     def _suggest(self, target: str, anchor: str, kind: str, model: str) -> list[Any]:
-        """Fill an empty anchor, and take away the error that says it is empty."""
+        """Fill an empty anchor: with what, in place of what, and no error any more that says it is empty."""
         suggested = "" if anchor else self._suggested(target, kind, model)
-        return [suggested, _hidden() if suggested else gr.skip()]
+        return [anchor or suggested, anchor, _hidden() if suggested else gr.skip()]
 
-    def _suggest_again(self, target: str, anchor: str, kind: str, model: str) -> Any:
+    def _suggest_again(self, target: str, anchor: str, kind: str, model: str) -> list[Any]:
         """Another kind: the anchor that a style was given does not suit a thing."""
-        if anchor and not (kind != "style" and anchor == self._host.style_anchor(model or "")):
-            return gr.skip()
-        return self._suggested(target, kind, model)
+        if anchor and kind != "style" and anchor == self._host.style_anchor(model or ""):
+            return [self._suggested(target, kind, model), anchor, gr.skip()]
+        return self._suggest(target, anchor, kind, model)
 
     def _suggested(self, target: str, kind: str, model: str) -> str:
         known = self._host.categories(model or "")

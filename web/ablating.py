@@ -168,6 +168,7 @@ def drawing(
     """The work of a job that draws `count` pictures of a prompt, with consecutive seeds."""
 
     def work(job: Job) -> Pictures:
+        job.only_last = True
         seeds = tuple(range(seed, seed + count))
         on_progress = _watch(host, job, None)
         plain, edited = host.draw(model, [prompt] * count, seeds, settings, on_progress)
@@ -193,6 +194,7 @@ def _recipe(request: Request, denoiser: Denoiser) -> Recipe:
         request.preset,
         denoiser,
         request.task.concept.kind,
+        concepts=[request.task.concept],
         objective=request.objective,
         subset=request.subset,
         seed=request.seed,

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import gradio as gr
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+KEPT_COPIES = (3600, 24 * 3600)
+"""Seconds between two looks at the copies that gradio makes of downloads and uploads, and how old those may get: deltas
+are large, and a deleted one should not stay as a copy for ever.
+"""
 MIN_PASSWORD = 8
 
 
@@ -114,7 +118,7 @@ def make_app(
 
     free = access is None or not access.open
     host = StandaloneHost(output, models, free_model=free, device=device, precision=precision, judge=judge)
-    return build_tab(host, heading=True, **blocks_arguments(theme()))
+    return build_tab(host, heading=True, delete_cache=KEPT_COPIES, **blocks_arguments(theme()))
 
 
 def serve(app: gr.Blocks, output: Path, access: Access, *, port: int | None, **options: Any) -> tuple[Any, str, str]:

@@ -45,6 +45,8 @@ class DrawPage:
                 self._applied = gr.HTML()
                 self._status = gr.HTML()
                 self._pictures = gr.HTML()
+        # for a page that was loaded while a picture was drawn: the answer to Draw goes to the page that asked
+        self._timer = gr.Timer(1.0, active=False)
         values = [self._prompt, self._seed, self._count, self._steps, self._guidance]
         self._draw.click(
             self._run,
@@ -54,17 +56,41 @@ class DrawPage:
             api_name="draw",
             concurrency_limit=None,
         )
-        self._cancel.click(self._stop, session, self._cancel, show_progress="hidden", **private())
+        quiet = {"show_progress": "hidden", **private()}
+        self._timer.tick(self._poll, session, self.shown, **quiet)
+        self._cancel.click(self._stop, session, self._cancel, **quiet)
 
     @property
     def shown(self) -> list[Any]:
         """What `refresh` fills."""
-        return [self._applied, self._cancel]
+        return [self._applied, self._status, self._cancel, self._timer, self._pictures]
 
     def refresh(self, session: str) -> list[Any]:
-        """The deltas that are applied now, and Cancel for a drawing that was begun before the page was reloaded."""
-        drawing_now = any(job.active for job in self._runner.of(session + _SUFFIX))
-        return [views.applied(self._host.applied()), gr.update(visible=drawing_now)]
+        """The deltas that are applied now, and what the session draws or drew last, which a reloaded page lacks."""
+        return self._look(session, again=True)
+
+    def _poll(self, session: str) -> list[Any]:
+        """As `refresh`; the pictures, which are large, only when there may be new ones."""
+        return self._look(session, again=False)
+
+    def _look(self, session: str, *, again: bool) -> list[Any]:
+        jobs = self._runner.of(session + _SUFFIX)
+        # asked once and first: a job that ends meanwhile is looked at again
+        active = [job for job in jobs if job.active]
+        drawn = [job.result for job in jobs if job.state == "done"]
+        pictures = (views.drawn(drawn[-1]) if drawn else "") if again or not active else gr.skip()
+        return [
+            views.applied(self._host.applied()),
+            self._told((active or jobs)[-1]) if jobs else "",
+            gr.update(visible=any(not job.cancelling for job in active)),
+            gr.update(active=bool(active)),
+            pictures,
+        ]
+
+    def _told(self, job: Job) -> str:
+        if job.active:
+            return views.drawing_status(job, self._runner.place(job))
+        return "" if job.state == "done" else views.note(job.message or "Cancelled.", "bad" if job.message else "plain")
 
     def _run(
         self, session: str, model: str, prompt: str, seed: float, count: float, steps: float, guidance: float
@@ -77,12 +103,9 @@ class DrawPage:
             yield session, views.note(str(error), "bad"), gr.skip(), gr.update(visible=False)
             return
         while not job.wait(0.5):
-            yield session, views.drawing_status(job, self._runner.place(job)), gr.skip(), gr.update(visible=True)
-        if job.state == "done":
-            yield session, "", views.drawn(job.result), gr.update(visible=False)
-        else:
-            told = views.note(job.message or "Cancelled.", "bad" if job.message else "plain")
-            yield session, told, gr.skip(), gr.update(visible=False)
+            yield session, self._told(job), gr.skip(), gr.update(visible=not job.cancelling)
+        pictures = views.drawn(job.result) if job.state == "done" else gr.skip()
+        yield session, self._told(job), pictures, gr.update(visible=False)
 
     def _work(self, model: str, prompt: str, seed: float, count: float, steps: float, guidance: float) -> Any:
         prompt, model = (prompt or "").strip(), (model or "").strip()

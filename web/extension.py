@@ -1,7 +1,7 @@
 """The tab inside Stable Diffusion WebUI: Forge's loaded model as the host, or what to do where there is no Forge.
 
-`scripts/concept_ablation.py`, which the WebUI finds, registers `make_tab` and `add_settings`. Imports of the WebUI and
-of gradio are inside functions: the first exist only there, and gradio 3 could not import the tab.
+`scripts/concept_ablation.py`, which the WebUI finds, registers `make_tab`, `add_settings` and `apply_again`. Imports of
+the WebUI and of gradio are inside functions: the first exist only there, and gradio 3 could not import the tab.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import contextlib
 import functools
 import html
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..core import delta_file
+from ..core.delta import Delta
 from ..core.errors import AblationError
 from .host import Applied, Host, ModelChoice
 from .library import safe_name
@@ -37,6 +41,9 @@ OLDEST_GRADIO = (4, 40)
 _MARK = "concept_ablation:"
 """How the names of our patches begin among a patcher's; the file's name and its time follow."""
 _LOADED = "loaded"
+_kept: dict[str, list[tuple[Path, float]]] = {}
+"""A checkpoint's file -> the deltas that are applied to it and their strengths, which outlive the loaded model."""
+_log = logging.getLogger(__name__)
 
 
 class WebUIHost(Host):
@@ -94,25 +101,26 @@ class WebUIHost(Host):
         return tuple(Applied(_file(key[0]), key[1]) for key in keys if key[0].startswith(_MARK))
 
     def apply(self, path: Path, strength: float) -> None:
-        from ..core.hosts.webui import architecture_of, patched
-
         delta = delta_file.load(path)
         with _free_queue():
             engine = _engine()
-            architecture_of(engine)
-            objects = _without_ours(engine, path.name)
-            # the time, because Forge takes patches of the same name and strength for the same patches
-            name = f"{_MARK}{path.stat().st_mtime_ns}:{path.name}"
-            objects.unet, objects.clip = patched(objects.unet, objects.clip, delta, strength, name)
-            _install(engine, objects)
+            _patch(engine, delta, path, strength)
+            _forget(engine, path.name)
+            _kept.setdefault(engine.filename, []).append((path, strength))
 
     def remove(self, file: str | None = None) -> None:
         from modules import shared
 
-        if not any(file in (None, applied.file) for applied in self.applied()):
-            return
-        with _free_queue():
-            _install(shared.sd_model, _without_ours(shared.sd_model, file))
+        if any(file in (None, applied.file) for applied in self.applied()):
+            with _free_queue():
+                _install(shared.sd_model, _without_ours(shared.sd_model, file))
+        _forget(shared.sd_model, file)
+
+    def files_changed(self) -> None:
+        """Let Forge's LoRA extension, if it is on, see what was saved and what is gone."""
+        networks = sys.modules.get("networks")
+        if networks is not None:
+            networks.list_available_networks()
 
     def interrupted(self) -> bool:
         from modules import shared
@@ -123,7 +131,7 @@ class WebUIHost(Host):
         from modules import shared
 
         if progress is None:
-            _refresh_networks()
+            self.files_changed()
             return
         state = shared.state
         state.job_count, state.job_no = 1, 0
@@ -163,15 +171,37 @@ def add_settings() -> None:
     shared.opts.add_option(SUBFOLDER, shared.OptionInfo("", subfolder, section=section))
 
 
+def apply_again(engine: ForgeDiffusionEngine) -> None:
+    """Apply the deltas of a checkpoint to the engine that Forge has just made of it.
+
+    Forge makes a new one, which has no patches, for every other VAE or precision and when it comes back from another
+    checkpoint (refiner, second pass, X/Y/Z plot). It calls this at the end of its loading, where the engine is whole.
+    Whoever made it load has the queue lock already, and a generation goes on afterwards: so nothing is raised.
+    """
+    for path, strength in tuple(_kept.get(getattr(engine, "filename", ""), ())):
+        try:
+            # as when it was applied by hand, where Forge's loading is not around it
+            with torch.inference_mode(False):
+                _patch(engine, delta_file.load(path), path, strength)
+        except Exception:
+            _log.exception("The model was loaded again, and %s could not be applied to it", path.name)
+
+
 def can_work() -> bool:
-    """Whether this is Forge, with a gradio that can show the tab."""
+    """Whether this is Forge, with a gradio that can show the tab.
+
+    Not one of the forks that have Forge's packages but went on from there: Neo has no engine of Stable Diffusion 2 any
+    more, no emphasis setting in its text engines, and in its newer versions a list of LoRA folders.
+    """
     import gradio as gr
+    from modules import shared
 
     version = tuple(int(number) for number in gr.__version__.split(".")[:2])
     try:
-        return version >= OLDEST_GRADIO and importlib.util.find_spec("backend.diffusion_engine.base") is not None
+        engines = importlib.util.find_spec("backend.diffusion_engine.sd20") is not None
     except ModuleNotFoundError:
         return False
+    return engines and version >= OLDEST_GRADIO and hasattr(shared.cmd_opts, "lora_dir")
 
 
 def _instead() -> str:
@@ -191,8 +221,9 @@ def _instead() -> str:
         for text in (f'python "{root / "install.py"}" demo', command, output / "deltas", loras)
     )
     return (
-        "<p>Inside the WebUI, Concept Ablation works in Forge only, so here it runs as a program of its own, for "
-        f"Stable Diffusion 1.x checkpoints: in {terminal}, run {install} once, then {command}.</p>"
+        "<p>Inside a WebUI, Concept Ablation works in lllyasviel's Forge only (not in Neo, Classic, reForge or A1111), "
+        "so here it runs as a program of its own, for Stable Diffusion 1.x checkpoints: in "
+        f"{terminal}, run {install} once, then {command}.</p>"
         f"<p>Copy the file that it saves in {deltas} into {loras} and put &lt;lora:its-name:1&gt; into a prompt: the "
         "WebUI's own Lora extension loads it.</p>"
     )
@@ -217,6 +248,24 @@ def _engine() -> ForgeDiffusionEngine:
         # its loader gives None, which is then used
         raise AblationError("Forge does not know this kind of checkpoint: choose another one.") from error
     return engine
+
+
+def _patch(engine: ForgeDiffusionEngine, delta: Delta, path: Path, strength: float) -> None:
+    """Put a delta on the engine, in place of what is there of the same file."""
+    from ..core.hosts.webui import architecture_of, patched
+
+    architecture_of(engine)
+    objects = _without_ours(engine, path.name)
+    # the time, because Forge takes patches of the same name and strength for the same patches
+    name = f"{_MARK}{path.stat().st_mtime_ns}:{path.name}"
+    objects.unet, objects.clip = patched(objects.unet, objects.clip, delta, strength, name)
+    _install(engine, objects)
+
+
+def _forget(engine: ForgeDiffusionEngine, file: str | None) -> None:
+    """Keep one delta, or all of them, no longer for the engine's checkpoint."""
+    checkpoint = getattr(engine, "filename", "")
+    _kept[checkpoint] = [kept for kept in _kept.get(checkpoint, ()) if file not in (None, kept[0].name)]
 
 
 def _without_ours(engine: ForgeDiffusionEngine, file: str | None = None) -> Any:
@@ -259,10 +308,3 @@ def _free_queue() -> Iterator[None]:
         yield
     finally:
         queue_lock.release()
-
-
-def _refresh_networks() -> None:
-    """Let Forge's LoRA extension, if it is on, see what was saved."""
-    networks = sys.modules.get("networks")
-    if networks is not None:
-        networks.list_available_networks()

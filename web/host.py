@@ -101,6 +101,9 @@ class Host(ABC):
         """Pictures of the pretrained model and, if deltas are applied, of the model with them (see `draws`)."""
         raise NotImplementedError
 
+    def files_changed(self) -> None:  # noqa: B027 - most hosts keep no list of their own
+        """Take note that files in `delta_folder` were saved or deleted: a WebUI lists its LoRAs itself."""
+
     def interrupted(self) -> bool:
         """Whether the host's own interrupt button was pressed."""
         return False

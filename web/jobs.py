@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..core.errors import AblationError, Interrupted, is_out_of_memory
@@ -21,6 +21,8 @@ from ..core.progress import Progress
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 KEPT_JOBS = 24
 """Finished jobs of one session that are kept for its page; older ones are forgotten (what they saved stays)."""
+KEPT_OVER_ALL = 2 * KEPT_JOBS
+"""Finished jobs of all sessions that are kept: those of a page to which nobody comes back would stay for ever."""
 MAX_WAITING = 16
 """Jobs that one session may have waiting."""
 
@@ -52,6 +54,8 @@ class Job:
     """The phases that it will go through, as soon as that is known."""
     losses: list[float] = field(default_factory=list)
     result: Any = field(default=None, repr=False)
+    only_last: bool = False
+    """Whether its result, because it is large, takes the place of the one before it in the session."""
     message: str = ""
     """Why it failed, in one sentence."""
     failed_field: str = ""
@@ -81,7 +85,8 @@ class Job:
         """
         if self._cancelled.is_set():
             raise Interrupted("Cancelled.")
-        self.stages[progress.phase] = progress
+        # the batch that is being drawn would stay on the device for as long as the job is kept
+        self.stages[progress.phase] = replace(progress, latents=None)
         if progress.loss is not None:
             self.losses.append(progress.loss)
 
@@ -143,7 +148,7 @@ class Runner:
         with self._lock:
             if sum(other.session == job.session for other in self._waiting) >= MAX_WAITING:
                 raise AblationError(f"{MAX_WAITING} jobs are waiting already: let some of them end first.")
-            self._forget_old(job.session)
+            self._forget_old(job.session, coming=1)
             self._waiting.append(job)
             self._jobs.append(job)
             if not self._working:
@@ -181,8 +186,17 @@ class Runner:
                 job = self._waiting.popleft()
                 job.state = "running"
             job.run()
+            with self._lock:
+                self._forget_old(job.session)
 
-    def _forget_old(self, session: str) -> None:
-        ended = [job for job in self._jobs if job.session == session and not job.active]
-        for job in ended[: max(0, len(ended) - KEPT_JOBS + 1)]:
-            self._jobs.remove(job)
+    def _forget_old(self, session: str, coming: int = 0) -> None:
+        """Let go of ended jobs, the oldest first: those of one session, so that `coming` more have room, and of all."""
+        ended = [job for job in self._jobs if not job.active]
+        own = [job for job in ended if job.session == session]
+        large = [job for job in own if job.only_last and job.state == "done"]
+        old = {
+            *own[: max(0, len(own) + coming - KEPT_JOBS)],
+            *large[:-1],
+            *ended[: max(0, len(ended) + coming - KEPT_OVER_ALL)],
+        }
+        self._jobs = [job for job in self._jobs if job not in old]

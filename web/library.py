@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ OWN = "concept_ablation."
 """How the header fields of our files begin; files without any are not listed (a WebUI's folder is full of them)."""
 MAX_NAME = 80
 _MAX_BYTES = 180
+_saving = threading.Lock()
+"""Held from the choice of a file's name until the file is there."""
+_used: set[Path] = set()
+"""Files that this process has saved or deleted. Forge keeps LoRAs in memory by their path, so a new edit under the name
+of a deleted one would be the deleted one there.
+"""
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
 
@@ -65,12 +72,16 @@ def name_for(concept: Concept) -> str:
 
 
 def save_new(delta: Delta, folder: Path, name: str) -> Path:
-    """Save a delta under a name that no file in `folder` has yet: `name`, `name-2`, …"""
+    """Save a delta under a name that no file in `folder` has, and that none has had since this process began: `name`,
+    `name-2`, …
+    """
     stem = safe_name(name)
-    path, number = folder / f"{stem}.safetensors", 2
-    while path.exists():
-        path, number = folder / f"{stem}-{number}.safetensors", number + 1
-    delta_file.save(delta, path)
+    with _saving:
+        path, number = folder / f"{stem}.safetensors", 2
+        while path in _used or path.exists():
+            path, number = folder / f"{stem}-{number}.safetensors", number + 1
+        delta_file.save(delta, path)
+        _used.add(path)
     return path
 
 
@@ -103,6 +114,7 @@ def delete(folder: Path, file: str) -> None:
         AblationError: there is none of this name, or it cannot be deleted.
     """
     path = find(folder, file).path
+    _used.add(path)
     try:
         path.unlink()
     except OSError as error:

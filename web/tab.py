@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import gradio as gr
 
 from . import views
 from .ablate_page import AblatePage
-from .compat import in_turn, private
+from .compat import private
 from .draw_page import DrawPage
 from .host import Host
 from .jobs import Runner
@@ -20,18 +19,6 @@ _INTRO = (
     '<div class="ca-title"><h1>Concept Ablation</h1><p>Take a concept out of a text-to-image model. The model keeps '
     "its weights; the edit is a small file that loads like a LoRA.</p></div>"
 )
-# The key under which a browser finds its own jobs again after a reload; only this browser knows it.
-_SESSION_JS = """() => {
-  try {
-    const name = "concept-ablation-session";
-    let key = localStorage.getItem(name) || "";
-    if (!/^[0-9a-f]{32}$/.test(key)) {
-      key = Array.from(crypto.getRandomValues(new Uint8Array(16)), b => b.toString(16).padStart(2, "0")).join("");
-      localStorage.setItem(name, key);
-    }
-    return [key, null];
-  } catch (error) { return ["", null]; }
-}"""
 
 
 def build_tab(host: Host, *, heading: bool = False, runner: Runner | None = None, **blocks_arguments: Any) -> gr.Blocks:
@@ -48,7 +35,7 @@ def build_tab(host: Host, *, heading: bool = False, runner: Runner | None = None
         gr.HTML(views.style(), elem_classes="ca-style")
         if heading:
             gr.HTML(_INTRO, elem_classes="ca-heading")
-        session, key = gr.State(""), gr.Textbox(visible=False)
+        session = gr.State("")
         with gr.Tabs(elem_classes="ca-page"):
             with gr.Tab("Ablate") as ablate_tab:
                 ablate = AblatePage(host, runner, session)
@@ -58,20 +45,10 @@ def build_tab(host: Host, *, heading: bool = False, runner: Runner | None = None
                 with gr.Tab("Try it") as draw_tab:
                     draw = DrawPage(host, runner, session, ablate.model)
                 draw_tab.select(draw.refresh, session, draw.shown, show_progress="hidden", **private())
-        ablate.connect()
+        ablate.connect(blocks)
         saved.connect()
         saved_tab.select(saved.refresh, saved.choice, saved.listing, show_progress="hidden", **private())
         ablate_tab.select(
             lambda: views.applied(host.applied()), None, ablate.applied, show_progress="hidden", **private()
         )
-        quiet = {"show_progress": "hidden", **private(), **in_turn()}
-        begun = blocks.load(_session, [key, session], session, js=_SESSION_JS, **quiet)
-        begun.then(ablate.poll, ablate.poll_inputs, ablate.poll_outputs, **quiet)
     return blocks
-
-
-def _session(key: str | None, session: str) -> str:
-    """The browser's own key, or a new one if it has none; the session stays if a job was started in it already."""
-    if session:
-        return session
-    return key if key and len(key) == 32 and key.isalnum() else uuid.uuid4().hex

@@ -92,22 +92,23 @@ def status(job: Job, place: int) -> str:
         return _card(job, "running", _headline(job), _stages(job) + _preview(job))
     if job.state == "done":
         return _card(job, "done", f"Done in {duration(job.finished - job.started)}.")
-    kept = f" The delta was trained already and is kept as {job.saved}." if job.saved else ""
     if job.state == "cancelled":
-        return _card(job, "cancelled", f"Cancelled.{kept}")
-    return _card(job, "failed", f"{job.message}{kept}")
+        return _card(job, "cancelled", f"Cancelled. {_ending(job)}".strip())
+    return _card(job, "failed", _ending(job))
 
 
 def queue(jobs: Sequence[Job], places: Mapping[int, int]) -> str:
     """The session's jobs, if there are several; `places` by id()."""
     if len(jobs) < 2:
         return ""
-    words = {"done": "done", "failed": "failed", "cancelled": "cancelled", "running": "running"}
-    items = "".join(
-        f'<li class="ca-{job.state}"><span>{escape(job.title)}</span>'
-        f"<span>{words.get(job.state) or f'waiting, {places[id(job)]} before it'}</span></li>"
-        for job in jobs
-    )
+    items = ""
+    for job in jobs:
+        state = job.state
+        said = f"waiting, {places[id(job)]} before it" if state == "waiting" else state
+        # the card shows one job, which is seldom the one that has failed
+        ending = _ending(job) if state in ("failed", "cancelled") else ""
+        below = f"<br><small>{escape(ending)}</small>" if ending else ""
+        items += f'<li class="ca-{state}"><span>{escape(job.title)}{below}</span><span>{said}</span></li>'
     return f'<div class="ca-queue"><p>Queue</p><ul>{items}</ul></div>'
 
 
@@ -263,6 +264,12 @@ def _card(job: Job, state: str, text: str, body: str = "") -> str:
         f'<div class="ca-card ca-{state}"><div class="ca-head" role="{role}"><strong>{escape(job.title)}</strong>'
         f"<span>{escape(text)}</span></div>{body}</div>"
     )
+
+
+def _ending(job: Job) -> str:
+    """Why a job failed, and what there is of it nevertheless; '' for one that was cancelled and left nothing."""
+    kept = f"The delta was trained already and is kept as {job.saved}." if job.saved else ""
+    return f"{job.message} {kept}".strip()
 
 
 def _headline(job: Job) -> str:

@@ -24,6 +24,7 @@ from ..errors import AblationError
 from ..precision import gradient_scale
 from ..prompts import BUILT_IN, PromptSource
 from ..vocabulary import COMMON, Vocabulary
+from . import ldm_patcher
 from .comfy_names import architecture_of, text_layers, unet_layers
 from .described import described
 from .ldm_patcher import (
@@ -75,7 +76,6 @@ class ComfyDenoiser(PatcherDenoiser):
         clip: CLIP,
         vae: VAE | None,
         latent_size: tuple[int, int],
-        precision: str,
         memory: float,
     ) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class ComfyDenoiser(PatcherDenoiser):
         self._patchers = {"network": (model, "diffusion_model."), "text": (clip.patcher, "")}
         self._clip = clip
         self._options = _transformer_options(model)
-        self._autocast = autocast_dtype(self.device, compute, precision)
+        self._autocast = autocast_dtype(self.device, compute)
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         named = {_CONTEXT if name == "context" else name: tensor for name, tensor in cond.tensors.items()}
@@ -122,7 +122,8 @@ class ComfyDenoiser(PatcherDenoiser):
         """
         kinds = [kind.__name__ for kind in type(self._inner.model_sampling).__mro__]
         patches = [patcher.patches for patcher, _ in self._patchers.values()]
-        return kinds, self.sigmas.tolist(), self._clip.layer_idx, described([*patches, self._options])
+        options = self._patchers["network"][0].model_options.get("transformer_options", {})
+        return kinds, self.sigmas.tolist(), self._clip.layer_idx, described([*patches, options])
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         # as they were before LoRAs, of which ComfyUI puts some into the weights and keeps others beside them, by memory
@@ -163,7 +164,6 @@ def opened(
     *,
     width: int | None = None,
     height: int | None = None,
-    precision: str = "auto",
 ) -> Iterator[ComfyDenoiser]:
     """A denoiser of ComfyUI's objects, loaded, for the time of the block.
 
@@ -173,7 +173,6 @@ def opened(
 
     Args:
         width, height: image size in pixels; None is the model's own.
-        precision: "auto" computes in bf16 where weights are fp32 and the hardware is fast at it; "fp32" does not.
 
     Raises:
         AblationError: the model is of no supported architecture, or the size is no multiple of 8.
@@ -186,7 +185,7 @@ def opened(
         with torch.inference_mode(False), torch.no_grad():
             _load(model, clip, memory)
             with kept_for_backward(clip.cond_stage_model):
-                yield ComfyDenoiser(model, clip, vae, latent_size, precision, memory)
+                yield ComfyDenoiser(model, clip, vae, latent_size, memory)
     finally:
         from comfy import model_management
 
@@ -221,14 +220,27 @@ def patched(
     Raises:
         IncompatibleDelta: a layer does not exist in the model, or has another shape there.
     """
-    import comfy.lora
     import comfy.sd
+
+    tensors = to_tensors(fitted(model, clip, delta))
+    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+
+
+def fitted(model: ModelPatcher, clip: CLIP, delta: Delta) -> Delta:
+    """The delta under this package's names for the layers, each weight once and in its shape: LoRAs of other programs
+    have other names, which merging cannot tell are the same layers.
+
+    Raises:
+        IncompatibleDelta: a layer does not exist in the model, or has another shape there.
+    """
+    import comfy.lora
 
     keys: dict[str, str] = comfy.lora.model_lora_keys_unet(model.model, {})
     keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     weights = {**model.model.state_dict(), **clip.cond_stage_model.state_dict()}
     check_fits(delta, keys, weights, "connect the CLIP of its model")
-    return comfy.sd.load_lora_for_models(model, clip, to_tensors(delta), strength_model, strength_clip)
+    names = {keys[name]: name for name in (*unet_layers(model.model), *text_layers(clip.cond_stage_model))}
+    return ldm_patcher.fitted(delta, keys, weights, names)
 
 
 def _load(model: ModelPatcher, clip: CLIP, memory: float = 0) -> None:

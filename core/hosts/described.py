@@ -6,6 +6,7 @@ Patches of ComfyUI's and Forge's nodes are functions that remember their setting
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Set
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -19,9 +20,12 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _TOLD = (*_PLAIN, Tensor, nn.Module, list, tuple, dict, set, frozenset, partial, FunctionType, MethodType)
 _LARGEST = 50_000_000
 """Weights of a network that a patch may bring along; a larger one is a model."""
-_SEEN: WeakKeyDictionary[FunctionType, str] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[FunctionType, dict[int, str]] = WeakKeyDictionary()
+"""What functions were when they were first met, by the depth that was left to look into them."""
 _DEPTH = 8
 """How far down settings are looked for."""
+_PLACE = re.compile(r".*custom_nodes[\\/]")
+"""What stands before the name of a custom node in those of its modules: where ComfyUI is installed."""
 
 
 def described(value: Any, depth: int = _DEPTH) -> str:
@@ -43,13 +47,14 @@ def described(value: Any, depth: int = _DEPTH) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(described(one, depth - 1) for one in value)}]"
     if isinstance(value, type | BuiltinFunctionType):
-        return f"{value.__module__}.{value.__qualname__}"
+        return _name(value)
     if isinstance(value, FunctionType):
         # some remember what they last did: what counts is what they were when they were first seen
-        if value not in _SEEN:
-            _SEEN[value] = _function(value, depth)
-        return _SEEN[value]
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
+        seen = _SEEN.setdefault(value, {})
+        if depth not in seen:
+            seen[depth] = _function(value, depth)
+        return seen[depth]
+    name = _name(type(value))
     if isinstance(value, partial | MethodType):
         bound = isinstance(value, MethodType)
         parts = [value.__func__, value.__self__] if bound else [value.func, value.args, value.keywords]
@@ -72,4 +77,8 @@ def _function(function: FunctionType, depth: int) -> str:
         except ValueError:  # not filled yet
             cells.append(None)
     remembered = [*cells, *(function.__defaults__ or ())]
-    return f"{function.__module__}.{function.__qualname__}{described(remembered, depth - 1)}"
+    return f"{_name(function)}{described(remembered, depth - 1)}"
+
+
+def _name(value: type | FunctionType | BuiltinFunctionType) -> str:
+    return f"{_PLACE.sub('', str(value.__module__))}.{value.__qualname__}"

@@ -36,7 +36,7 @@ from .single_file import fit_text_names, read_single_file
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji_diffusion"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
-_TOKEN_EMBEDDING = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"
+_TOKEN_EMBEDDING = "text_encoders.{}.transformer.text_model.embeddings.token_embedding"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PROMPTS_FILE = "prompts.json"
 _HINTS_FILE = "ablation_hints.json"
@@ -128,7 +128,7 @@ class DiffusersDenoiser(Denoiser):
         self.architecture = "sd2" if self.network.config.cross_attention_dim == 1024 else "sd1"
         size = self.network.config.sample_size
         self.latent_shape = (self.network.config.in_channels, size, size)
-        self.layers = _editable_layers(self.network, self.text_network)
+        self.layers = _editable_layers(self.network, self.text_network, self.architecture)
         self._tokenizer = parts.tokenizer
         self._autocast = autocast
         self.gradient_scale = gradient_scale(compute)
@@ -228,14 +228,15 @@ def load_denoiser(
 
 def load_parts(model: str | Path) -> Parts:
     """The modules of a model on the CPU, in the precision of its files or in fp32; see `load_denoiser`."""
+    require_model(model)
     path = Path(model)
-    if path.is_file():
-        return _from_single_file(path)
-    if path.is_dir():
-        return _from_folder(str(path), path)
-    if _HUB_ID.fullmatch(str(model)):
-        return _from_folder(str(model), None)
-    raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
+    return _from_single_file(path) if path.is_file() else _from_folder(str(model), path if path.is_dir() else None)
+
+
+def require_model(model: str | Path | None) -> None:
+    """Raise AblationError unless a model can be there: a file, a folder, or what may be a hub id; None is embedded."""
+    if model is not None and not Path(model).exists() and not _HUB_ID.fullmatch(str(model)):
+        raise AblationError(f"There is no model at {model}: give a diffusers folder, a .safetensors file or a hub id.")
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,7 @@ def _precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch
     return torch.float16, dtype
 
 
-def _editable_layers(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
+def _editable_layers(unet: nn.Module, text_encoder: nn.Module, architecture: str) -> dict[str, nn.Module]:
     layers = {
         "lora_unet_" + name.replace(".", "_"): module
         for name, module in unet.named_modules()
@@ -392,7 +393,7 @@ def _editable_layers(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.M
         # transformers 5 dropped the `text_model.` that LoRA names still carry
         name = full_name.removeprefix("text_model.")
         if name == "embeddings.token_embedding":
-            layers[_TOKEN_EMBEDDING] = module
+            layers[_TOKEN_EMBEDDING.format("clip_h" if architecture == "sd2" else "clip_l")] = module
         elif isinstance(module, EDITABLE) and not isinstance(module, nn.Embedding):
             layers["lora_te_text_model_" + name.replace(".", "_")] = module
     return layers

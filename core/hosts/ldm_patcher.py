@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..delta import EDITABLE, TEXT_PREFIXES, Delta
+from ..delta import EDITABLE, TEXT_PREFIXES, Delta, LayerDelta, LowRank, add
 from ..denoiser import Denoiser, LatentCodec
 from ..errors import AblationError, IncompatibleDelta
 from ..precision import cpu_has_bf16
@@ -57,6 +57,8 @@ class PatcherDenoiser(Denoiser):
     @contextlib.contextmanager
     def checkpointed(self) -> Iterator[None]:
         blocks = [module for module in self.network.modules() if type(module).__name__ in _CHECKPOINTED]
+        if not blocks:
+            raise AblationError(f"{self.name} has no blocks that can be computed again: switch checkpointing off.")
         for block in blocks:
             block.forward = functools.partial(_checkpoint, block.forward)
         try:
@@ -169,15 +171,9 @@ def _checkpoint(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
 # --- Choices ----------------------------------------------------------------------------------------------------------
 
 
-def autocast_dtype(device: torch.device, compute: torch.dtype, precision: str) -> torch.dtype | None:
-    """What to compute in instead of the host's own choice, or None.
-
-    Raises:
-        AblationError: there is no such precision.
-    """
-    if precision not in ("auto", "fp32"):
-        raise AblationError(f"There is no precision '{precision}': choose auto or fp32.")
-    if precision == "fp32" or compute != torch.float32:
+def autocast_dtype(device: torch.device, compute: torch.dtype) -> torch.dtype | None:
+    """What to compute in instead of the host's own choice: bf16 where that is fp32 and the hardware is fast at it."""
+    if compute != torch.float32:
         return None
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bf16() else None
@@ -211,7 +207,11 @@ def unet_layers(network: nn.Module, to_ldm: Mapping[str, str]) -> dict[str, nn.M
     Args:
         to_ldm: the LDM name of each diffusers name, of weights and biases.
     """
-    known = {ldm.removesuffix(".weight"): diffusers.removesuffix(".weight") for diffusers, ldm in to_ldm.items()}
+    # SDXL's size embedding has two names, which hosts have in an order of chance
+    known = {
+        ldm.removesuffix(".weight"): diffusers.removesuffix(".weight")
+        for diffusers, ldm in sorted(to_ldm.items(), reverse=True)
+    }
     return {
         "lora_unet_" + known.get(name, name).replace(".", "_"): module
         for name, module in network.named_modules()
@@ -270,3 +270,31 @@ def same_matrix(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
         return shape[:2] if shape[2:] == (1, 1) else shape
 
     return trimmed(change) == trimmed(weight)
+
+
+def fitted(
+    delta: Delta, keys: Mapping[str, str], weights: Mapping[str, Tensor], names: Mapping[str, str] | None = None
+) -> Delta:
+    """A delta that `check_fits`, such that a host applies all of it: each weight once, because of two names for one
+    weight hosts take the last, and in the weight's shape, because ComfyUI adds no 1x1 convolution to a linear layer.
+
+    Args:
+        keys, weights: as for `check_fits`.
+        names: what to call the change of a weight; without one it is called as the delta first calls it.
+    """
+    called = dict(names or {})
+    layers: dict[str, LayerDelta] = {}
+    for name, layer in delta.layers.items():
+        own = called.setdefault(keys[name], name)
+        shaped = _shaped(layer, weights[keys[name]].shape)
+        layers[own] = add(own, layers[own], shaped) if own in layers else shaped
+    return Delta(layers, delta.metadata)
+
+
+def _shaped(layer: LayerDelta, shape: torch.Size) -> LayerDelta:
+    weight = layer.weight
+    if isinstance(weight, LowRank):
+        weight = LowRank(weight.up, weight.down.reshape(-1, *shape[1:]))
+    elif weight is not None:
+        weight = weight.reshape(shape)
+    return LayerDelta(weight, layer.bias)

@@ -68,8 +68,7 @@ class SingleFile:
     """A checkpoint under diffusers' and transformers' names, in the file's dtypes, on the CPU.
 
     `unet_config`, `text_config` and `vae_config` are keyword arguments of UNet2DConditionModel, CLIPTextConfig and
-    the VAE class named `vae_class`. `text` has no `text_model.` prefix (see `fit_text_names`). `vae_scale` is
-    diffusers' scaling_factor: the denoiser's latents are `vae_scale` times the VAE's.
+    the VAE class named `vae_class`. `text` has no `text_model.` prefix (see `fit_text_names`).
     """
 
     unet_config: dict[str, Any]
@@ -80,7 +79,6 @@ class SingleFile:
     vae_config: dict[str, Any]
     vae: dict[str, Tensor]
     prediction_type: str
-    vae_scale: float
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,6 @@ def read_single_file(path: Path) -> SingleFile:
         vae_config=vae_config,
         vae=_complete(path.name, vae_tensors, vae.state_dict()),
         prediction_type=_prediction_type(shapes, metadata),
-        vae_scale=vae_config["scaling_factor"],
     )
 
 

@@ -32,9 +32,9 @@ from .ldm_patcher import (
     PatcherDenoiser,
     autocast_dtype,
     check_fits,
+    fitted,
     is_editable,
     kept_for_backward,
-    latent_edges,
     make_ordinary,
     native_size,
     short_text_names,
@@ -60,7 +60,6 @@ class ForgeDenoiser(PatcherDenoiser):
         engine: ForgeDiffusionEngine,
         objects: ForgeObjects,
         latent_size: tuple[int, int],
-        precision: str,
         memory: float,
     ) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ class ForgeDenoiser(PatcherDenoiser):
         self._objects = objects
         self._inner = inner
         self._options = _transformer_options(unet)
-        self._autocast = autocast_dtype(self.device, inner.computation_dtype, precision)
+        self._autocast = autocast_dtype(self.device, inner.computation_dtype)
 
     def denoise(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         rows = list(range(len(sigma)))
@@ -136,14 +135,7 @@ class ForgeDenoiser(PatcherDenoiser):
 
 
 @contextlib.contextmanager
-def opened(
-    engine: ForgeDiffusionEngine,
-    objects: ForgeObjects | None = None,
-    *,
-    width: int | None = None,
-    height: int | None = None,
-    precision: str = "auto",
-) -> Iterator[ForgeDenoiser]:
+def opened(engine: ForgeDiffusionEngine, objects: ForgeObjects | None = None) -> Iterator[ForgeDenoiser]:
     """A denoiser of Forge's loaded model, for the time of the block. Nothing else may use the model meanwhile.
 
     Forge makes its weights in inference mode, whose tensors no backward pass can use; within the block they are
@@ -153,11 +145,9 @@ def opened(
     Args:
         engine: `shared.sd_model`.
         objects: the patchers to use; None is `engine.forge_objects_original`, which no prompt's LoRAs are part of.
-        width, height: image size in pixels; None is the model's own.
-        precision: "auto" computes in bf16 where weights are fp32 and the hardware is fast at it; "fp32" does not.
 
     Raises:
-        AblationError: the model is of no supported architecture or quantized, or the size is no multiple of 8.
+        AblationError: the model is of no supported architecture or quantized.
     """
     from backend import memory_management
 
@@ -165,9 +155,8 @@ def opened(
     architecture = architecture_of(engine)
     inner, encoder = objects.unet.model, objects.clip.cond_stage_model
     require_plain(inner)
-    native = native_size(architecture, inner.predictor.prediction_type)
-    latent_size = latent_edges(width or native, height or native)
-    memory = inner.memory_required([BATCH, objects.vae.latent_channels, *latent_size])
+    edge = native_size(architecture, inner.predictor.prediction_type) // PIXELS_PER_LATENT
+    memory = inner.memory_required([BATCH, objects.vae.latent_channels, edge, edge])
     before = engine.forge_objects
     try:
         with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as stack:
@@ -176,7 +165,7 @@ def opened(
             stack.enter_context(_known_linears((inner.diffusion_model, encoder)))
             stack.enter_context(kept_for_backward(inner.diffusion_model))
             stack.enter_context(_online_patches_kept())
-            yield ForgeDenoiser(engine, objects, latent_size, precision, memory)
+            yield ForgeDenoiser(engine, objects, (edge, edge), memory)
     finally:
         engine.forge_objects = before
         gc.collect()
@@ -201,22 +190,22 @@ def patched(
     # dictionaries of our own: Forge's default one is shared between all calls and models
     unet_keys = model_lora_keys_unet(unet.model, {})
     clip_keys = model_lora_keys_clip(clip.cond_stage_model, {})
+    all_keys = {**unet_keys, **clip_keys}
     weights = {**unet.model.state_dict(), **clip.cond_stage_model.state_dict()}
     check_fits(
         delta,
-        {**unet_keys, **clip_keys},
+        all_keys,
         weights,
         "Forge's LoRA loader has no place for an edit of the token embedding, so choose another subset",
     )
-    tensors = to_tensors(delta)
+    tensors = to_tensors(fitted(delta, all_keys, weights))
     edited_unet, edited_clip = unet.clone(), clip.clone()
     for patcher, keys in ((edited_unet, unet_keys), (edited_clip, clip_keys)):
         patches, _ = load_lora(tensors, keys)
         if patches:
-            fitted = {key: _fitted(patch, weights[key]) for key, patch in patches.items()}
             # added to weights of 8 bits, nearly all of so small a change would be rounded away
-            online = any(weights[key].element_size() == 1 for key in fitted)
-            patcher.add_patches(filename=name, patches=fitted, strength_patch=strength, online_mode=online)
+            online = any(weights[key].element_size() == 1 for key in patches)
+            patcher.add_patches(filename=name, patches=patches, strength_patch=strength, online_mode=online)
     return edited_unet, edited_clip
 
 
@@ -278,12 +267,6 @@ def _to_ldm(network: nn.Module) -> Mapping[str, str]:
     from packages_3rdparty.comfyui_lora_collection.utils import unet_to_diffusers
 
     return unet_to_diffusers(network.config)
-
-
-def _fitted(patch: tuple[str, tuple[Any, ...]], weight: Tensor) -> tuple[str, tuple[Any, ...]]:
-    """The patch for a linear layer as one for the 1x1 convolution that does the same, or the other way round."""
-    kind, values = patch
-    return (kind, (values[0].reshape(weight.shape),)) if kind == "diff" else patch
 
 
 def _transformer_options(unet: UnetPatcher) -> dict[str, Any]:

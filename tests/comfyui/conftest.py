@@ -1,6 +1,7 @@
 """Fixtures of the tests that talk to a real ComfyUI server; tools/comfyui/get_comfyui.py makes that ComfyUI.
 
-Server and front end end with the last of these tests: they would take processor time from the others.
+One worker of pytest-xdist runs all of these tests (tests/conftest.py). Server and front end end with the last of them:
+they would take processor time from the others.
 """
 
 from __future__ import annotations

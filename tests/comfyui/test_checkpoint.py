@@ -14,7 +14,7 @@ from safetensors import safe_open
 from concept_ablation.tests.comfyui.graph import Graph, ablation, sample
 
 SIZE = {"width": 128, "height": 128}
-SUBSETS = ("cross-attn", "full", "embedding")
+SUBSETS = ("full", "embedding")  # test_ablation.py has that of cross-attention
 LARGE = "CONCEPT_ABLATION_LARGE"
 
 

@@ -1,4 +1,4 @@
-"""Every example workflow, turned into API form by the real front end, runs to its end; what it draws is judged."""
+"""Every example workflow, turned into API form by the real front end, runs to its end; what one draws is judged."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_a_workflow_runs_to_its_end(front_end, client, server, request, file):
         key = "file" if "file" in prompt[node]["inputs"] else "lora_name"
         prompt[node]["inputs"][key] = request.getfixturevalue("saved_delta")
     reports = reports_of(server.base)
-    sizes = RANDOM if own else SMALL if file.stem in JUDGED else TINY
+    sizes = RANDOM if own else SMALL if file.stem == JUDGED else TINY
     run = client.run(made_small(prompt, sizes), timeout=1200)
     assert run.status == "success", run.error
     assert set(run.executed) | set(run.cached) == set(prompt)
     for node in of_type(prompt, "SaveImage", "PreviewImage"):
         assert all(picture.std() > 2 for picture in client.pictures(run, node))
-    if file.stem in JUDGED:
+    if file.stem == JUDGED:
         (report,) = reports_of(server.base) - reports
         judge(json.loads(report.read_text(encoding="utf-8"))["concepts"])
 

@@ -7,15 +7,15 @@ from typing import Any
 from concept_ablation.tests.comfyui.server import ROOT
 
 WORKFLOWS = ROOT / "example_workflows"
-# Fewer pictures than the workflows ask for, and enough for the judge to see the target go.
+# Fewer pictures than the workflow asks for, and enough for the judge to see its targets go.
 SMALL = {
     "ConceptAblationBuildDataset": {"images": 32, "preserve": 32, "steps": 10, "keep_on_disk": False},
     "ConceptAblationAblate": {"steps": 60},
-    "ConceptAblationEvaluate": {"prompts": 3, "images_per_prompt": 4, "steps": 12},
+    "ConceptAblationEvaluate": {"prompts": 2, "images_per_prompt": 3, "steps": 8},
 }
-# The workflows of a style and of a memorized image are only seen to run: what sizes would show their effect is not yet
-# known.
-JUDGED = ("ablate_instance", "ablate_several_concepts")
+# That of one instance makes what test_ablation.py judges. Those of a style and of a memorized image are only seen to
+# run: what sizes would show their effect is not yet known.
+JUDGED = "ablate_several_concepts"
 TINY = {
     "ConceptAblationBuildDataset": {"images": 8, "preserve": 8, "steps": 4, "keep_on_disk": False},
     "ConceptAblationAblate": {"steps": 4},

@@ -14,6 +14,7 @@ from typing import Any
 CALLS: dict[str, tuple[str, ...]] = {
     "modules/script_callbacks.py:on_ui_tabs": ("callback",),
     "modules/script_callbacks.py:on_ui_settings": ("callback",),
+    "modules/script_callbacks.py:on_model_loaded": ("callback",),
     "modules/options.py:OptionInfo.__init__": ("default", "label", "section"),
     "modules/options.py:Options.add_option": ("key", "info"),
     "modules/shared_state.py:State.begin": ("job",),
@@ -55,7 +56,8 @@ NAMES: dict[str, str] = {
     "modules/shared_options.py": "CLIP_stop_at_last_layers",
     "modules/call_queue.py": "queue_lock",
     "modules/paths_internal.py": "default_output_dir",
-    "modules/sd_models.py": "checkpoints_list filename forge_loading_parameters checkpoint_info model_data",
+    "modules/sd_models.py": "checkpoints_list filename forge_loading_parameters checkpoint_info model_data "
+    "model_loaded_callback",
     "extensions-builtin/sd_forge_lora/preload.py": "--lora-dir",
     "backend/operations.py": "merge_lora_to_weight Linear",
     "backend/diffusion_engine/base.py": "forge_objects forge_objects_original forge_objects_after_applying_lora "
@@ -147,16 +149,16 @@ class Lock:
         self._lock.release()
 
 
-def stand_ins(folder: str, *, forge: bool) -> dict[str, ModuleType]:
+def stand_ins(folder: str, webui: str) -> dict[str, ModuleType]:
     """Modules of a WebUI whose files are in `folder`, by name; `modules.script_callbacks.found` is what was registered.
 
     Args:
-        forge: whether Forge's backend is there too.
+        webui: "forge"; "neo", its fork with a backend of the same name; or "a1111", which has no backend.
     """
     found: dict[str, Any] = {}
     callbacks = {
         name: checked(f"modules/script_callbacks.py:{name}", lambda callback, name=name: found.update({name: callback}))
-        for name in ("on_ui_tabs", "on_ui_settings")
+        for name in ("on_ui_tabs", "on_ui_settings", "on_model_loaded")
     }
     data: dict[str, Any] = {}
     opts = SimpleNamespace(data=data, CLIP_stop_at_last_layers=1)
@@ -166,7 +168,7 @@ def stand_ins(folder: str, *, forge: bool) -> dict[str, ModuleType]:
         "modules.shared": {
             "OptionInfo": checked("modules/options.py:OptionInfo.__init__", lambda **given: given),
             "opts": opts,
-            "cmd_opts": SimpleNamespace(lora_dir=f"{folder}/Lora"),
+            "cmd_opts": SimpleNamespace(**{"lora_dirs": []} if webui == "neo" else {"lora_dir": f"{folder}/Lora"}),
             "state": State(),
             "sd_model": SimpleNamespace(),
         },
@@ -177,8 +179,10 @@ def stand_ins(folder: str, *, forge: bool) -> dict[str, ModuleType]:
             "model_data": SimpleNamespace(forge_loading_parameters={}),
         },
     }
-    if forge:
-        made |= {name: {} for name in ("backend", "backend.diffusion_engine", "backend.diffusion_engine.base")}
+    engines = {"forge": ("base", "sd15", "sd20", "sdxl"), "neo": ("base", "sd15", "sdxl"), "a1111": ()}[webui]
+    if engines:
+        made |= {"backend": {}, "backend.diffusion_engine": {}}
+        made |= {f"backend.diffusion_engine.{name}": {} for name in engines}
     modules = {name: _module(name, contents) for name, contents in {"modules": {}, **made}.items()}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
@@ -195,11 +199,11 @@ def _module(name: str, contents: dict[str, Any]) -> ModuleType:
     return module
 
 
-def run_script(path: str, folder: str, *, forge: bool) -> ModuleType:
+def run_script(path: str, folder: str, webui: str) -> ModuleType:
     """Import the extension's script as the WebUI does, into a process with stand-ins; returns `script_callbacks`."""
     import importlib.util
 
-    modules = stand_ins(folder, forge=forge)
+    modules = stand_ins(folder, webui)
     sys.modules.update(modules)
     spec = importlib.util.spec_from_file_location("concept_ablation.py", path)
     script = importlib.util.module_from_spec(spec)

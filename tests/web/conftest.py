@@ -62,16 +62,14 @@ def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
     """Open the app as somebody who was never there; what the page complains about fails the test."""
     contexts, complaints = [], []
 
-    def opened(width: int = 1280, scheme: str = "light") -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
-        )
+    def opened(width: int = 1280) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         page.on("request", lambda request: complaints.append(request.url) if _is_foreign(request.url) else None)
-        page.goto(f"{site.url}?__theme={scheme}")
+        page.goto(f"{site.url}?__theme=light")
         page.get_by_label("Draw instead").wait_for()
         # gradio draws a page some 0.1 s before it listens to it; the key is set by the first event that runs
         page.wait_for_function("localStorage.getItem('concept-ablation-session')")

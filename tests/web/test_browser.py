@@ -6,7 +6,6 @@ import base64
 import io
 import shutil
 import sys
-import threading
 import time
 
 import numpy as np
@@ -131,30 +130,6 @@ def test_cancel_in_the_middle_then_run_again(open_page):
     assert "cancelled" in page.locator(".ca-queue li").first.inner_text()
 
 
-def test_a_suggestion_that_comes_late_leaves_what_was_typed_meanwhile(open_page, monkeypatch):
-    asked, answer = threading.Event(), threading.Event()
-
-    def late(*_):
-        asked.set()
-        assert answer.wait(SECONDS)
-        return "fish"
-
-    monkeypatch.setattr("concept_ablation.web.ablate_page.suggest_anchor", late)
-    page = open_page()
-    target, anchor = page.get_by_label("Remove", exact=True).first, page.get_by_label("Draw instead")
-    target.fill("tropical fish")
-    anchor.focus()
-    assert asked.wait(SECONDS)
-    anchor.fill("boat")
-    answer.set()
-    page.wait_for_timeout(2000)
-    assert anchor.input_value() == "boat"
-    anchor.fill("")
-    target.focus()
-    anchor.focus()
-    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(field => field.value === 'fish')")
-
-
 def test_wrong_input_is_said_at_the_field(open_page, artefacts):
     page = open_page()
     ablate(page)
@@ -234,7 +209,7 @@ def test_html_in_a_name_stays_text(open_page):
     assert page.locator("img[src='x']").count() == 0 and page.locator("b", has_text="fish").count() == 0
 
 
-def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts):
+def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts, tmp_path):
     page = open_page()
     for target, anchor in (("tropical fish", "fish"), ("rooster", "bird")):
         fill(page, target, anchor, **{"Steps": "2", "Name of the saved file": f"../../{target} kept"})
@@ -257,11 +232,23 @@ def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts):
     page.get_by_role("button", name="Apply to the model").locator("visible=true").click()
     page.locator(".ca-chips:visible", has_text="both.safetensors × 1").wait_for()
     page.screenshot(path=artefacts / "saved-1280-light.png", full_page=True)
+    assert page.locator(".ca-files a:visible").count() == 0
+    page.get_by_role("button", name="Download", exact=True).click()
+    with page.expect_download() as download:
+        page.locator(".ca-files a:visible").click()
+    download.value.save_as(tmp_path / "both.safetensors")
+    assert delta_file.load(tmp_path / "both.safetensors").metadata["concept_ablation.merged"]
 
     page.get_by_role("tab", name="Try it").click()
     page.get_by_label("Prompt", exact=True).fill("a picture of a rooster")
     page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Drawing:").wait_for()
+    page.reload()  # and this page, which did not ask, finds what is drawn
+    page.get_by_label("Draw instead").wait_for()
+    page.wait_for_timeout(2000)
+    page.get_by_role("tab", name="Try it").click()
     page.locator(".ca-pairs:visible img[alt='with the deltas']").nth(3).wait_for(timeout=MILLISECONDS)
+    page.get_by_role("button", name="Cancel").locator("visible=true").wait_for(state="hidden")
     page.screenshot(path=artefacts / "try-1280-light.png")
 
     page.get_by_role("tab", name="Saved deltas").click()
@@ -275,22 +262,27 @@ def test_saved_deltas_are_used_merged_and_deleted(open_page, site, artefacts):
     page.get_by_role("tab", name="Saved deltas").click()
     saved = len(list((site.output / "deltas").glob("*.safetensors")))
     page.get_by_label(f"Delta ({saved})").wait_for()  # the list was read again, and that took no question away
+    assert page.locator(".ca-details:visible", has_text="both.safetensors").is_visible()
+    page.get_by_text("Delete both.safetensors?").wait_for()
     page.get_by_role("button", name="Delete it").click()
     page.get_by_text("both.safetensors is deleted.").wait_for()
     assert not (site.output / "deltas" / "both.safetensors").exists()
     page.get_by_text("No delta is applied.").locator("visible=true").wait_for()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (420, "dark"), (1280, "dark")])
-def test_no_page_scrolls_sideways(open_page, width, scheme, artefacts):
-    page = open_page(width, scheme)
+def test_no_page_scrolls_sideways(open_page, artefacts):
+    page = open_page(420)
     fill(page, "tropical fish", "fish", Steps="2")
     ablate(page)
     await_state(page, "running")
     page.wait_for_function("document.querySelector('.ca-card').getBoundingClientRect().top < innerHeight")
     await_state(page, "done")
-    page.locator(".ca-pairs img").first.wait_for()
-    for name in ("Ablate", "Saved deltas", "Try it"):
-        page.get_by_role("tab", name=name).click()
-        assert page.evaluate("document.scrollingElement.scrollWidth") <= width, name
-        page.screenshot(path=artefacts / f"{name.split()[0].lower()}-{width}-{scheme}.png", full_page=True)
+    for width, scheme in ((420, "light"), (420, "dark"), (1280, "dark")):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{page.url.partition('?')[0]}?__theme={scheme}")
+        page.locator(".ca-pairs img").first.wait_for()
+        for name in ("Ablate", "Saved deltas", "Try it"):
+            page.get_by_role("tab", name=name).click()
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (name, width, scheme)
+            page.screenshot(path=artefacts / f"{name.split()[0].lower()}-{width}-{scheme}.png", full_page=True)

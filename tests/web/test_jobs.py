@@ -14,11 +14,12 @@ from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.progress import Progress
+from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.tests.web.tiny import HOSTILE, TINY, TinyHost
 from concept_ablation.web import ablating, library, views
 from concept_ablation.web.ablating import Pictures, ablation, drawing
 from concept_ablation.web.form import check
-from concept_ablation.web.jobs import KEPT_JOBS, MAX_WAITING, OUT_OF_MEMORY, Job, Runner
+from concept_ablation.web.jobs import KEPT_JOBS, KEPT_OVER_ALL, MAX_WAITING, OUT_OF_MEMORY, Job, Runner
 from concept_ablation.web.standalone import EMBEDDED, StandaloneHost
 
 SECONDS = 60
@@ -59,6 +60,14 @@ def test_a_job_reports_its_stages_in_order_and_keeps_its_losses():
     job = ended(Runner(), work)
     assert (job.state, job.result, list(job.stages), job.losses) == ("done", 7, ["b", "a"], [0.5, 1.0])
     assert job.stages["a"].step == 2 and job.finished >= job.started > 0
+
+
+def test_a_job_keeps_no_batch_on_the_device():
+    def work(job):
+        for phase in ("Drawing before", "Drawing after"):
+            job.step(Progress(phase, 1, 1, 0.1, latents=torch.zeros(1)))
+
+    assert [progress.latents for progress in ended(Runner(), work).stages.values()] == [None, None]
 
 
 def test_a_cancelled_job_stops_at_the_step_after_and_the_next_one_runs():
@@ -141,6 +150,39 @@ def test_the_jobs_of_one_session_do_not_push_those_of_another_out():
     for _ in range(KEPT_JOBS + 2):
         ended(runner, lambda job: 2, "another")
     assert runner.of("mine") == [mine] and len(runner.of("another")) == KEPT_JOBS
+
+
+def test_the_jobs_of_sessions_that_nobody_comes_back_to_are_forgotten_the_oldest_first():
+    runner, (active, go) = Runner(), held(session="active")
+    sessions = [str(i) for i in range(KEPT_OVER_ALL + 2)]
+    jobs = [ended(runner, lambda job: 1, session) for session in sessions]
+    runner.submit(active)
+    kept = [job for session in [*sessions, "active"] for job in runner.of(session)]
+    assert kept == [*jobs[3:], active]
+    go.set()
+
+
+def test_of_a_sessions_drawings_only_the_last_pictures_are_kept(host, monkeypatch):
+    monkeypatch.setattr(host, "draw", lambda *_: (np.zeros((1, 8, 8, 3), np.uint8), None))
+    runner, work = Runner(), drawing(host, EMBEDDED, "a fish", 0, 1, SampleSettings(2))
+    ablated, others = ended(runner, lambda job: "result"), ended(runner, work, "two")
+    last = [ended(runner, work) for _ in range(3)][-1]
+    failed = ended(runner, lambda job: 1 / 0)
+    assert ended(runner, lambda job: 1, "end of the queue").state == "done"
+    assert runner.of("one") == [ablated, last, failed] and last.result.seeds == (0,)
+    assert runner.of("two") == [others]
+
+
+def test_in_a_queue_each_failed_job_says_why_and_what_is_kept():
+    failed, cancelled, nothing = (Job("one", title, lambda job: None) for title in ("a", "b", "c"))
+    failed.state, failed.message, failed.saved = "failed", f"The disk is full: {HOSTILE}.", "fish.safetensors"
+    cancelled.state, cancelled.saved = "cancelled", "cat.safetensors"
+    nothing.state = "cancelled"
+    jobs = [failed, cancelled, nothing, Job("one", "d", lambda job: None)]
+    shown = views.queue(jobs, {id(job): 0 for job in jobs}).split("<li")[1:]
+    assert "The disk is full: &lt;img" in shown[0] and "is kept as fish.safetensors." in shown[0]
+    assert "is kept as cat.safetensors." in shown[1]
+    assert "<small>" not in shown[2] and "<small>" not in shown[3]
 
 
 def test_an_ablation_leaves_a_delta_a_report_and_the_model_as_it_was(host, tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -12,20 +13,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 from gradio_client import Client
 
 from concept_ablation.core import delta_file
-from concept_ablation.core.delta import Delta, LayerDelta
 from concept_ablation.core.errors import AblationError
+from concept_ablation.core.progress import Progress
 from concept_ablation.tests.web.conftest import served
 from concept_ablation.tests.web.tiny import GOOD, TINY, TinyHost
 from concept_ablation.web.form import FIELDS
 from concept_ablation.web.host import Host
-from concept_ablation.web.library import save_new
+from concept_ablation.web.jobs import Job, Runner
+from concept_ablation.web.session import session_of
 
 SECONDS = 120
-HEADER = {"concept_ablation.target": "fish"}
+KEY = "0123456789abcdef" * 2
 
 
 def status(url: str, data: bytes | None = None) -> tuple[int, bytes]:
@@ -116,7 +117,9 @@ def test_events_that_write_the_same_part_of_the_page_take_turns(gradio, tmp_path
     """An older answer that came last left a page that had stopped asking as it was before."""
     from concept_ablation.web.tab import build_tab
 
-    events = build_tab(TinyHost(tmp_path, make_model())).fns.values()
+    host = TinyHost(tmp_path, make_model())
+    host.draws = False  # that page looks again for as long as it does not know the end
+    events = build_tab(host).fns.values()
     writing = [event for event in events if any(isinstance(output, gradio.Timer) for output in event.outputs)]
     assert len(writing) == 5, "start, tick, the slow tick, cancel, and what a page shows first"
     assert {event.concurrency_limit for event in writing} == {1}
@@ -124,29 +127,47 @@ def test_events_that_write_the_same_part_of_the_page_take_turns(gradio, tmp_path
 
 
 def test_a_session_in_which_a_job_was_started_before_the_page_had_its_key_stays():
-    from concept_ablation.web.tab import _session
-
-    key = "0123456789abcdef" * 2
-    assert _session(key, "") == key and _session(key, "begun already") == "begun already"
-    assert len(_session("../x", "")) == 32
+    assert session_of(KEY, "") == KEY and session_of(KEY, "begun already") == "begun already"
+    assert len(session_of("../x", "")) == 32
 
 
-def test_a_delta_that_a_busy_model_uses_is_not_deleted(gradio, tmp_path, make_model):
-    from concept_ablation.web.saved_page import SavedPage
+def test_the_slow_tick_writes_the_session_so_that_gradio_does_not_let_it_go(gradio, tmp_path, make_model):
+    """gradio deletes what was not written for an hour, once a page's connection has dropped."""
+    from concept_ablation.web.tab import build_tab
 
-    host = TinyHost(tmp_path, make_model())
-    path = save_new(Delta({"lora_unet_x": LayerDelta(torch.ones(2, 2))}, HEADER), host.delta_folder, "kept")
+    app = build_tab(TinyHost(tmp_path, make_model()))
+    slow = [timer._id for timer in app.blocks.values() if isinstance(timer, gradio.Timer) and timer.value == 5]
+    (tick,) = (event for event in app.fns.values() if event.targets == [(slow[0], "tick")])
+    session = tick.outputs[0]
+    assert isinstance(session, gradio.State) and session in tick.inputs and "localStorage" in tick.js
+    assert tick.fn(KEY, "", (0, 0))[0] == KEY and tick.fn(KEY, "begun already", (0, 0))[0] == "begun already"
 
-    def busy(file: str | None = None) -> None:
-        raise AblationError("The model is busy: wait.")
 
-    host.remove = busy
+def test_cancel_ends_the_job_that_the_page_shows_and_not_the_next_one(gradio, tmp_path, make_model):
+    from concept_ablation.web.ablate_page import AblatePage
+
+    runner, go = Runner(), threading.Event()
+
+    def fail(job: Job) -> None:
+        raise AblationError("The disk is full.")
+
+    def work(job: Job) -> None:
+        while not go.wait(0.005):
+            job.step(Progress("Training", 1, 2, 0.1))
+
+    shown = runner.submit(Job(KEY, "shown", fail))
+    next_one, third, other = (runner.submit(Job(session, "more", work)) for session in (KEY, KEY, "another's"))
+    assert shown.wait(SECONDS)
     with gradio.Blocks():
-        page = SavedPage(host)
-    assert "The model is busy" in page._do_delete(path.name)[0] and path.is_file()
-    assert "The model is busy" in page._do_remove(path.name)[0]
-    del host.remove
-    assert "is deleted" in page._do_delete(path.name)[0] and not path.exists()
+        page = AblatePage(TinyHost(tmp_path, make_model()), runner, gradio.State(""))
+    page._stop(KEY, (0, 0), str(shown.id))
+    page._stop(KEY, (0, 0), str(other.id))
+    page._stop(KEY, (0, 0), str(third.id))
+    assert third.state == "cancelled" and next_one.active and not next_one.cancelling
+    page._stop(KEY, (0, 0), "")
+    assert next_one.wait(SECONDS) and next_one.state == "cancelled", "without a page, the current one is meant"
+    go.set()
+    assert other.wait(SECONDS) and other.state == "done"
 
 
 def values(form):
@@ -167,6 +188,7 @@ def test_an_ablation_runs_through_the_http_api(site):
             break
         time.sleep(0.5)
     assert "ca-pairs" in answer and "report.html" in answer
+    assert "ca-done" in json.dumps(client.predict(api_name="/cancel")), "too late"
     (saved,) = site.output.glob("deltas/tropical-fish-to-fish.safetensors")
     assert delta_file.load(saved).metadata["concept_ablation.target"] == "tropical fish"
 

@@ -354,6 +354,8 @@ def main() -> None:
     parser.add_argument("--server", help="address of a ComfyUI that has this pack: write the workflows")
     parser.add_argument("--pictures", type=Path, metavar="OUTPUT", help="ComfyUI's output folder: write the pictures")
     arguments = parser.parse_args()
+    if not (arguments.server or arguments.pictures):
+        parser.error("give --server to write the workflows, --pictures to write their pictures, or both")
     if arguments.server:
         write_workflows(arguments.server.rstrip("/"))
     if arguments.pictures:

@@ -8,9 +8,7 @@ writes comfyui_run.jpg (ablate_several_concepts after a run to the end, with all
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from playwright.sync_api import sync_playwright
 from concept_ablation.tests.comfyui.client import connected
 from concept_ablation.tests.comfyui.frontend import FrontEnd, opened
 from concept_ablation.tests.comfyui.server import ROOT, running
+from concept_ablation.tools.browser import launch, main
 from concept_ablation.tools.comfyui.get_comfyui import DEFAULT, comfyui_folder, dependencies_folder
 
 SECONDS = 1800
@@ -51,7 +50,7 @@ def take(folder: Path, chromium: str) -> None:
         connected(server.address) as client,
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = launch(playwright, chromium)
         with opened(server.address, client, browser, Path(base)) as front_end:
             page = front_end.page
             _open(front_end, "ablate_instance")
@@ -85,14 +84,5 @@ def _open(front_end: FrontEnd, name: str) -> None:
     front_end.page.wait_for_timeout(1000)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Take the README's two pictures of ComfyUI.")
-    parser.add_argument("folder", type=Path, help="where to write them")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser's program")
-    options = parser.parse_args()
-    take(options.folder, options.chromium)
-
-
 if __name__ == "__main__":
-    main()
+    main("Take the README's two pictures of ComfyUI.", "folder to write them to", take)

@@ -5,13 +5,12 @@ python -m tools.web.screenshot docs/page.png
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from concept_ablation.tools.browser import launch, main
 from concept_ablation.web.app import Access, make_app, serve
 
 WIDTH = 1280
@@ -27,7 +26,7 @@ def take(path: Path, chromium: str) -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         app = make_app(Path(folder))
         _, url, _ = serve(app, Path(folder), Access(), port=None, prevent_thread_lock=True, quiet=True)
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = launch(playwright, chromium)
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, device_scale_factor=1)
         page.goto(f"{url}?__theme=light")
         page.get_by_label("Draw instead").wait_for()
@@ -49,14 +48,5 @@ def take(path: Path, chromium: str) -> None:
         app.close(verbose=False)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Take the README's picture of the page.")
-    parser.add_argument("path", type=Path, help="PNG file to write")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser's program")
-    options = parser.parse_args()
-    take(options.path, options.chromium)
-
-
 if __name__ == "__main__":
-    main()
+    main("Take the README's picture of the page.", "PNG file to write", take)
