@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -339,7 +339,7 @@ def _combinations(
 
 def _recipe(preset: str, kind: str, **changes: Any) -> Recipe:
     # a learning rate is the model's own affair, everything else is the same for all models
-    return recipe(preset, SimpleNamespace(learning_rate_scale=1.0, learning_rate_scales={}), kind, **changes)  # type: ignore[arg-type]
+    return recipe(preset, None, kind, **changes)
 
 
 def _check_neighbours(value: int) -> None:
