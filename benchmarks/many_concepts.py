@@ -69,10 +69,10 @@ class Sizes:
         evaluation: held-out prompts and seeds for each name.
     """
 
-    preset: str = "balanced"
+    preset: str = "fast"
     training: Mapping[str, Any] = field(default_factory=dict)
     dataset: Mapping[str, Any] = field(default_factory=dict)
-    union_steps: float = 0.5
+    union_steps: float = 1.0
     closed_form: Mapping[str, Any] = field(default_factory=dict)
     most: int = 100
     neighbours: int = 3

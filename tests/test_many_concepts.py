@@ -57,6 +57,7 @@ def modules(monkeypatch) -> SimpleNamespace:
 def bench(modules, make_model, tmp_path):
     sizes = replace(
         modules.many_concepts.TINY,
+        preset="balanced",  # which begins with no closed form
         training={"steps": 1, "batch": 2},
         dataset={"images": 1, "preserve": 1, "sample": SampleSettings(steps=1)},
         most=4,
