@@ -115,6 +115,7 @@ def _memorized(results: Results) -> Figure | None:
     figure = Figure(figsize=(max(_WIDTH, 1.1 * len(names) + 1), _HEIGHT))
     axes = figure.subplots()
     _bars(axes, names, series, first=_BEFORE)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # every corner of the axes may hold a bar
     _style(axes, "Copies of memorized pictures (SSCD ≥ 0.5)", None, "share of copies")
     axes.tick_params(axis="x", labelrotation=20)
     return figure
