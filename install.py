@@ -272,22 +272,22 @@ def stamp_file(environment: Path) -> Path:
 
 
 def create_environment(python: Path, verbose: bool) -> None:
-    """Create .venv, or complete one whose creation was cut short.
+    """Create .venv, or complete one whose creation was cut short, with a pip that is new enough.
 
     Raises:
-        InstallError: Python could not create it.
+        InstallError: Python could not create it, or pip could not be brought up to date.
     """
-    if python.is_file() and run_quietly([str(python), "-m", "pip", "--version"], verbose=False)[0] == 0:
-        return
-    say(f"creating {ENVIRONMENT}")
-    code, output = run_quietly([sys.executable, "-m", "venv", str(ENVIRONMENT)], verbose)
-    if code:
-        show_failure(output, verbose)
-        raise InstallError(
-            f"Python could not create {ENVIRONMENT} (its message is above): use a Python from python.org, or install "
-            "your system's package for it (python3-venv on Debian and Ubuntu)."
-        )
-    # the pip of an older Python knows neither --dry-run nor an editable install of a pyproject.toml
+    if not python.is_file() or run_quietly([str(python), "-m", "pip", "--version"], verbose=False)[0]:
+        say(f"creating {ENVIRONMENT}")
+        code, output = run_quietly([sys.executable, "-m", "venv", str(ENVIRONMENT)], verbose)
+        if code:
+            show_failure(output, verbose)
+            raise InstallError(
+                f"Python could not create {ENVIRONMENT} (its message is above): use a Python from python.org, or "
+                "install your system's package for it (python3-venv on Debian and Ubuntu)."
+            )
+    # the pip of an older Python, also in a .venv of the user's own, knows neither --dry-run nor an editable install of
+    # a pyproject.toml; nothing is downloaded where it is new enough
     if output := pip_install(python, ["pip>=22.2"], verbose):
         show_failure(output, verbose)
         raise InstallError("pip could not be brought up to date (its message is above): check the network.")

@@ -219,11 +219,12 @@ def test_a_changed_dependency_list_makes_the_stamp_stale(install, project, name)
 def test_torch_comes_first_falls_back_and_a_stamp_follows(install, project, monkeypatch):
     python = make_python(install, project)
     no_such = (1, "ERROR: No matching distribution found for torch==2.14.1\n")
-    pip = FakePip((0, "pip 26"), (1, "no torch"), no_such, (0, ""), (0, ""))
+    pip = FakePip((0, "pip 21.2"), (0, ""), (1, "no torch"), no_such, (0, ""), (0, ""))
     monkeypatch.setattr(install, "run_quietly", pip)
     assert install.prepare_environment(verbose=False) == python
     installs = [command[6:] for command in pip.commands if "install" in command]
     assert installs == [
+        ["pip>=22.2"],  # the pip of a .venv that the user made may be older
         ["torch==2.14.1", "torchvision==0.29.1"],
         ["torch>=2.4", "torchvision>=0.19"],
         ["-e", f"{project}[test]"],
@@ -233,7 +234,7 @@ def test_torch_comes_first_falls_back_and_a_stamp_follows(install, project, monk
 
 def test_a_full_disk_is_not_tried_twice_and_leaves_no_stamp(install, project, monkeypatch, capsys):
     make_python(install, project)
-    pip = FakePip((0, "pip 26"), (1, "no torch"), (1, "ERROR: No space left on device\n"))
+    pip = FakePip((0, "pip 26"), (0, ""), (1, "no torch"), (1, "ERROR: No space left on device\n"))
     monkeypatch.setattr(install, "run_quietly", pip)
     assert install.main(["demo"]) == 1
     assert "No space left on device" in capsys.readouterr().err
@@ -242,10 +243,11 @@ def test_a_full_disk_is_not_tried_twice_and_leaves_no_stamp(install, project, mo
 
 def test_an_existing_torch_in_the_environment_is_kept(install, project, monkeypatch):
     make_python(install, project)
-    pip = FakePip((0, "pip 26"), (0, ""), (0, ""))
+    pip = FakePip((0, "pip 26"), (0, ""), (0, ""), (0, ""))
     monkeypatch.setattr(install, "run_quietly", pip)
     install.prepare_environment(verbose=False)
-    assert [command[6:] for command in pip.commands if "install" in command] == [["-e", f"{project}[test]"]]
+    installs = [command[6:] for command in pip.commands if "install" in command]
+    assert installs == [["pip>=22.2"], ["-e", f"{project}[test]"]]
 
 
 def test_test_runs_ruff_then_pytest_and_passes_arguments_to_pytest(install, monkeypatch):
