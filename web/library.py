@@ -136,11 +136,7 @@ def merge_saved(folder: Path, parts: Sequence[tuple[str, float]], name: str) -> 
     if len(models) > 1:
         raise AblationError("These deltas were made for different models and cannot be merged.")
     total = merge((delta_file.load(item.path), strength) for item, strength in items)
-    kept = {key: value for key, value in items[0][0].header.items() if key in _KEPT_BY_MERGE}
-    return save_new(Delta(total.layers, {**kept, **total.metadata}), folder, name or "merged")
-
-
-_KEPT_BY_MERGE = tuple(OWN + name for name in ("architecture", "base_model", "base_model_sha256"))
+    return save_new(total, folder, name or "merged")
 
 
 def export_lora(folder: Path, file: str, rank: int) -> tuple[Path, float]:
