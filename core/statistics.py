@@ -91,9 +91,7 @@ def share_interval(
     share = np.asarray(hits, dtype=bool)
     if share.any() and not share.all():
         return mean_interval(share, groups, resamples=resamples, seed=seed)
-    value = _clusters(share, groups).mean
-    margin = unseen_share(len(share))
-    return Estimate(value, max(0.0, value - margin), min(1.0, value + margin))
+    return _widened(_clusters(share, groups).mean, unseen_share(len(share)), 0.0, 1.0)
 
 
 def unseen_share(images: int) -> float:
@@ -157,8 +155,7 @@ def share_difference(
     found = difference_interval(*hits, groups, resamples=resamples, seed=seed)
     if not _certain(found):
         return found
-    margin = unseen_share(len(hits[0]))
-    return Estimate(found.value, max(-1.0, found.value - margin), min(1.0, found.value + margin))
+    return _widened(found.value, unseen_share(len(hits[0])), -1.0, 1.0)
 
 
 def share_ratio(
@@ -177,7 +174,7 @@ def share_ratio(
     if not (_certain(found) and math.isfinite(found.value)):
         return found
     margin = unseen_share(len(hits[0])) / float(hits[0].mean())
-    return Estimate(found.value, max(0.0, found.value - margin), found.value + margin)
+    return _widened(found.value, margin, 0.0, math.inf)
 
 
 def group_index(groups: Groups, count: int) -> np.ndarray:
@@ -214,6 +211,11 @@ def _compare(
 def _certain(found: Estimate) -> bool:
     """Whether an interval has no width, but for what rounding gives it."""
     return math.isclose(found.low, found.high, abs_tol=1e-9)
+
+
+def _widened(value: float, margin: float, least: float, most: float) -> Estimate:
+    """An interval of so much on either side, within what is possible."""
+    return Estimate(value, max(least, value - margin), min(most, value + margin))
 
 
 def _clusters(values: Sequence[float] | np.ndarray, groups: Groups | None) -> _Clusters:
