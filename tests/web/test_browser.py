@@ -47,6 +47,12 @@ def ablate(page):
     page.get_by_role("button", name="Ablate", exact=True).click()
 
 
+def wait_for_field(page, text):
+    """Wait until a field of the page holds that text."""
+    held = "text => [...document.querySelectorAll('textarea, input')].some(field => field.value === text)"
+    page.wait_for_function(held, arg=text)
+
+
 def await_state(page, state, title=""):
     """Wait until the job of that title is in that state; say what the page shows instead."""
     try:
@@ -74,7 +80,7 @@ def test_ablate_compare_download_and_draw_the_same_picture_with_the_cli(
     page.screenshot(path=artefacts / "ablate-idle-1280-light.png")
     page.get_by_label("Remove", exact=True).first.fill("Tropical Fish")
     page.get_by_label("Draw instead").focus()
-    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(field => field.value === 'fish')")
+    wait_for_field(page, "fish")
     fill(page, "tropical fish", "fish")
     ablate(page)
     await_state(page, "running")

@@ -11,7 +11,7 @@ import pytest
 
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.progress import Progress
-from concept_ablation.tests.web.test_browser import SECONDS, ablate, await_state, fill
+from concept_ablation.tests.web.test_browser import SECONDS, ablate, await_state, fill, wait_for_field
 from concept_ablation.web import views
 from concept_ablation.web.words import KIND_LABELS
 
@@ -59,7 +59,7 @@ def test_a_suggestion_that_comes_late_leaves_what_was_typed_meanwhile(open_page,
     anchor.fill("")
     target.focus()
     anchor.focus()
-    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(field => field.value === 'fish')")
+    wait_for_field(page, "fish")
 
 
 def test_an_anchor_for_another_kind_that_comes_late_leaves_what_was_typed_meanwhile(open_page, monkeypatch):
@@ -89,7 +89,7 @@ def test_an_anchor_for_another_kind_that_comes_late_leaves_what_was_typed_meanwh
     anchor.fill("emoji")
     choose(KIND_LABELS["instance"])
     # in place of what suits a style
-    page.wait_for_function("[...document.querySelectorAll('textarea, input')].some(field => field.value === 'fish')")
+    wait_for_field(page, "fish")
 
 
 def test_a_dropped_connection_takes_neither_card_nor_cancel_away(open_page, held):
