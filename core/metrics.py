@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from . import old_open_clip
 from .errors import AblationError
+from .judges import EMBEDDED_JUDGE
 from .token_rows import read_packed
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-EMBEDDED_JUDGE = Path(__file__).resolve().parent.parent / "assets" / "emoji_diffusion" / "judge"
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

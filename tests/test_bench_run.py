@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from concept_ablation import bench_cli, cli
+from concept_ablation import cli
+from concept_ablation.cli import bench as command
 from concept_ablation.core import dataset, trainer
 from concept_ablation.core.bench import runner, store
 from concept_ablation.core.bench.bench import Bench, open_bench, word_groups
@@ -118,11 +119,9 @@ def test_the_command_runs_every_experiment_and_writes_what_it_promises(
 ):
     listed = tmp_path / "tasks.toml"
     listed.write_text(TASK_LIST, encoding="utf-8")
-    monkeypatch.setattr(
-        bench_cli, "_model", lambda *_: (tiny, ModelHints(categories={"rooster": "bird", "owl": "bird"}))
-    )
-    monkeypatch.setattr(bench_cli, "_judges", lambda *_, **__: [judge, ColourJudge("second")])
-    monkeypatch.setattr(bench_cli, "_detector", lambda *_: detector)
+    monkeypatch.setattr(command, "_model", lambda *_: (tiny, ModelHints(categories={"rooster": "bird", "owl": "bird"})))
+    monkeypatch.setattr(command, "_judges", lambda *_, **__: [judge, ColourJudge("second")])
+    monkeypatch.setattr(command, "_detector", lambda *_: detector)
     output = tmp_path / "out"
 
     def call(*more: str, code: int = 0) -> str:

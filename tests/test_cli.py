@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from concept_ablation import cli, cli_inputs
+from concept_ablation import cli
+from concept_ablation.cli import inputs
 from concept_ablation.core import delta_file
 from concept_ablation.core.delta import Delta, LayerDelta, LowRank, to_lora
 from concept_ablation.core.hosts import diffusers
@@ -220,7 +221,7 @@ def test_a_usage_error(run):
     ],
 )
 def test_a_delta_with_its_strength(text, path, strength):
-    assert cli_inputs.with_strength(text) == (Path(path), strength)
+    assert inputs.with_strength(text) == (Path(path), strength)
 
 
 def test_merge_adds_deltas_up(run, tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from concept_ablation import cli_inputs
+from concept_ablation.cli import inputs
 from concept_ablation.core import delta_file
 from concept_ablation.tests.test_cli import ONE, PAIR, SMALL, deltas, refuse, run  # noqa: F401
 
@@ -29,7 +29,7 @@ def unloaded(monkeypatch):
     def load(*_):
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr(cli_inputs, "load_model", load)
+    monkeypatch.setattr(inputs, "load_model", load)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from concept_ablation import cli, compress_cli
+from concept_ablation import cli
 from concept_ablation.core import delta_file
 from concept_ablation.core.concept import Concept, evaluation_prompts, pairs
 from concept_ablation.core.delta import Delta, LayerDelta, LowRank
@@ -153,7 +153,7 @@ def test_a_header_names_its_concepts(tiny):
 def run(monkeypatch, capsys, tmp_path, tiny):
     """The command on the tiny model: exit code and what it said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compress_cli, "load_model", lambda *_: tiny)
+    monkeypatch.setattr("concept_ablation.cli.compress.load_model", lambda *_: tiny)
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["concept-ablation", "compress", *map(str, arguments)])

@@ -82,6 +82,8 @@ def test_imports_go_one_way(path):
         assert {target[0] for target in targets} <= {"core"}, "core knows nothing above it"
     if path.parts[0] == "core" and path.parts[1] != "hosts":
         assert not [target for target in targets if target[:2] == ("core", "hosts")], "core knows no host program"
+    if path.parts[0] in ("nodes", "web", "scripts"):
+        assert "cli" not in {target[0] for target in targets}, "one face does not need another"
     absolute = absolute_targets(tree) & INSIDE
     assert not absolute, f"import {absolute} relatively: in ComfyUI another module has that name"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from concept_ablation import cli, sweep_cli
+from concept_ablation import cli
+from concept_ablation.cli import sweep as sweep_module
 from concept_ablation.core import dataset, sweep
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
@@ -184,7 +185,7 @@ SMALL = ["--preset", "paper", "--images", "1", "--steps", "1", "--batch", "1", "
 def command(monkeypatch, capsys, tmp_path):
     """Run `sweep` without Ray in `tmp_path`; its exit code, what it said on stdout and on stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_cli, "_has_ray", lambda: False)
+    monkeypatch.setattr(sweep_module, "_has_ray", lambda: False)
     (tmp_path / "tasks.toml").write_text(TASKS, "utf-8")
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -211,14 +212,16 @@ def test_the_command_ablates_a_list_and_goes_on_where_it_was(command, monkeypatc
     assert 0 <= told["tasks"][0]["target_accuracy"]["after"] <= 1 and told["options"]["training"]["steps"] == 1
     assert "rooster → bird" in out and "is a file" in out
     (tmp_path / "out" / "in-the-way").unlink()
-    monkeypatch.setattr(sweep_cli, "run_task", lambda options, task, folder: report(folder))
+    monkeypatch.setattr(sweep_module, "run_task", lambda options, task, folder: report(folder))
     code, out, _ = command(*arguments)
     assert code == 0 and "rooster: skipped" in out and "in-the-way: done" in out
     request = json.loads((tmp_path / "out" / "rooster" / "task.json").read_text("utf-8"))
     assert "negative_guidance" not in request["options"], "older requests do not have it"
     asked = []
     monkeypatch.setattr(
-        sweep_cli, "run_task", lambda options, task, folder: (asked.append(options.negative_guidance), report(folder))
+        sweep_module,
+        "run_task",
+        lambda options, task, folder: (asked.append(options.negative_guidance), report(folder)),
     )
     command(*arguments, "--objective", "model", "--negative-guidance", "0.7")
     assert asked == [0.7, 0.7]

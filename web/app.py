@@ -10,13 +10,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ..cli_options import Device, JudgeOption, Precision
 from ..core.errors import AblationError
-from ..core.files import require_writable
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -56,40 +52,6 @@ class Access:
             raise AblationError("--listen and --share open the page to others: give --user and --password as well.")
         if self.open and len(self.password or "") < MIN_PASSWORD:
             raise AblationError(f"The password is too short for an open page: use at least {MIN_PASSWORD} characters.")
-
-
-def ui(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Offer this model too (folder, .safetensors or hub id); give it again for several."),
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for deltas and reports; the page serves only this one.")] = Path(
-        "outputs/ui"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    listen: Annotated[
-        bool, typer.Option("--listen", help="Let other machines in; needs --user and --password.")
-    ] = False,
-    share: Annotated[
-        bool, typer.Option("--share", help="A public address through gradio's servers; needs --user and --password.")
-    ] = False,
-    user: Annotated[str | None, typer.Option(envvar="CONCEPT_ABLATION_USER", help="User of the page.")] = None,
-    password: Annotated[
-        str | None, typer.Option(envvar="CONCEPT_ABLATION_PASSWORD", help="Password of the page.")
-    ] = None,
-    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    judge: JudgeOption = None,
-    device: Device = None,
-    precision: Precision = "auto",
-) -> None:
-    """Open the page in a browser: type a concept, press Ablate, watch, compare, download the delta."""
-    access = Access(listen, share, user, password)
-    access.check()
-    require_writable(output)
-    app = make_app(output, model or (), access, device=device, precision=precision, judge=judge)
-    _, url, public = serve(app, output, access, port=port, inbrowser=browser, quiet=True, prevent_thread_lock=True)
-    typer.echo(f"The page is at {public or url} (Ctrl-C ends it); what it makes goes to {output.resolve()}")
-    app.block_thread()
 
 
 def make_app(

@@ -84,7 +84,7 @@ class WebUIHost(Host):
     def judge(self, model: str, denoiser: Denoiser) -> Judge:
         from modules import shared
 
-        from ..cli_options import NETWORK_JUDGE
+        from ..core.judges import NETWORK_JUDGE
         from ..core.metrics import Judge
 
         name = str(getattr(shared.opts, JUDGE, "") or "").strip() or NETWORK_JUDGE

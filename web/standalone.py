@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli_options import NETWORK_JUDGE
 from ..core import delta_file
 from ..core.delta import Delta, check_fits
 from ..core.errors import AblationError
+from ..core.judges import NETWORK_JUDGE
 from ..core.progress import ProgressCallback, Reporter
 from ..core.samplers import SampleSettings, draw_images
 from .host import Applied, Host, ModelChoice

@@ -71,7 +71,7 @@ def test_no_file_outside_the_output_folder_is_served(file_route, site):
         "file:///etc/passwd",
         here,
         here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here,
-        "cli.py",
+        "cli/app.py",
         "pyproject.toml",
     ]
     for path in tried:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
-    from .core.progress import Progress, ProgressCallback
+    from ..core.progress import Progress, ProgressCallback
 
 console = Console(markup=False, emoji=False, soft_wrap=True)
 

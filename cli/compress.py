@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_console import console, progress_bars
-from .cli_inputs import load_model, load_with_judge, make_tasks, require_safetensors
-from .cli_options import (
+from ..core.errors import AblationError
+from .console import console, progress_bars
+from .inputs import load_model, load_with_judge, make_tasks, require_safetensors
+from .options import (
     Device,
     EvalPrompts,
     EvalSeeds,
@@ -21,12 +22,11 @@ from .cli_options import (
     Precision,
     Prediction,
 )
-from .core.errors import AblationError
 
 if TYPE_CHECKING:
-    from .core.concept import Concept
-    from .core.delta import Delta
-    from .core.effect import Effect
+    from ..core.concept import Concept
+    from ..core.delta import Delta
+    from ..core.effect import Effect
 
 
 def compress(
@@ -63,11 +63,11 @@ def compress(
     prediction: Prediction = None,
 ) -> None:
     """Make a delta small: the lowest rank that keeps what it does, measured on development prompts, as a LoRA file."""
-    from .core import delta_file, low_rank
-    from .core.delta import check_fits
-    from .core.effect import FIRST_SEED, ClipEffect, OutputEffect
-    from .core.evaluation import EvaluationSettings
-    from .core.files import require_writable
+    from ..core import delta_file, low_rank
+    from ..core.delta import check_fits
+    from ..core.effect import FIRST_SEED, ClipEffect, OutputEffect
+    from ..core.evaluation import EvaluationSettings
+    from ..core.files import require_writable
 
     require_safetensors(output, delta)
     if measure not in ("clip", "output"):
@@ -112,8 +112,8 @@ def _of_rank(factors: Delta, rank: int) -> Delta:
     """The approximation of that rank as its file will give it back, with its rank in the header."""
     import torch
 
-    from .core.delta_header import METRICS
-    from .core.low_rank import truncated
+    from ..core.delta_header import METRICS
+    from ..core.low_rank import truncated
 
     low = truncated(factors, rank).rounded(torch.float16)
     # what was measured of the whole delta was not measured of this one
@@ -125,7 +125,7 @@ def _concepts(
     delta: Delta, targets: list[str] | None, anchors: list[str] | None, kind: str | None
 ) -> tuple[Concept, ...]:
     """What the delta ablates: what the options say, otherwise what its file says."""
-    from .core.delta_header import named_concepts
+    from ..core.delta_header import named_concepts
 
     if targets is None and anchors is None:
         if kind is not None:

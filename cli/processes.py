@@ -20,7 +20,7 @@ def on_processes(console: Console) -> Iterator[None]:
     if "WORLD_SIZE" not in environ:
         yield
         return
-    from .core.parallel import PeerStopped, joined
+    from ..core.parallel import PeerStopped, joined
 
     first = True
     try:

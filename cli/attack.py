@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_console import console, progress_bars
-from .cli_options import (
+from ..core.errors import AblationError
+from .console import console, progress_bars
+from .evidence import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
+from .options import (
     DetectorToFind,
     Device,
     JudgeOption,
@@ -25,11 +27,9 @@ from .cli_options import (
     SampleSteps,
     Seed,
 )
-from .core.errors import AblationError
-from .evidence_cli import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
 
 if TYPE_CHECKING:
-    from .core.attack import AttackReport
+    from ..core.attack import AttackReport
 
 
 def attack(
@@ -59,12 +59,12 @@ def attack(
     prediction: Prediction = None,
 ) -> None:
     """Attack an edit by textual inversion: success against budget, beside the pretrained model; writes attack.json."""
-    from .core import delta_file
-    from .core.attack import AttackSettings, attack_score
-    from .core.attack_report import write_attack
-    from .core.instruments import load_instruments
-    from .core.leaks import ScanSettings
-    from .core.samplers import SampleSettings
+    from ..core import delta_file
+    from ..core.attack import AttackSettings, attack_score
+    from ..core.attack_report import write_attack
+    from ..core.instruments import load_instruments
+    from ..core.leaks import ScanSettings
+    from ..core.samplers import SampleSettings
 
     sample = SampleSettings(steps=steps)
     settings = AttackSettings(

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .cli_console import console
-from .cli_inputs import load_with_judge
-from .core.errors import AblationError
+from ..core.errors import AblationError
+from .console import console
+from .inputs import load_with_judge
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .core.ablation import Task
-    from .core.concept import Concept
-    from .core.delta import Delta
-    from .core.evaluation import ConceptResult, Evaluation
-    from .core.hosts.diffusers import DiffusersDenoiser
-    from .core.instruments import Instruments
-    from .core.leak_candidates import Words
-    from .core.leaks import Recogniser, ScanSettings
-    from .core.metrics import Judge
-    from .core.progress import ProgressCallback
-    from .core.statistics import Estimate
+    from ..core.ablation import Task
+    from ..core.concept import Concept
+    from ..core.delta import Delta
+    from ..core.evaluation import ConceptResult, Evaluation
+    from ..core.hosts.diffusers import DiffusersDenoiser
+    from ..core.instruments import Instruments
+    from ..core.leak_candidates import Words
+    from ..core.leaks import Recogniser, ScanSettings
+    from ..core.metrics import Judge
+    from ..core.progress import ProgressCallback
+    from ..core.statistics import Estimate
 
 
 def load_beside(
@@ -46,8 +46,8 @@ def load_beside(
     Raises:
         AblationError: the delta is of another model, `output` cannot be written, or as `load_denoiser`.
     """
-    from .core.delta import check_fits
-    from .core.files import require_writable
+    from ..core.delta import check_fits
+    from ..core.files import require_writable
 
     require_writable(output)
     denoiser, referee = load_with_judge(model, judge, device, precision, prediction)
@@ -61,8 +61,8 @@ def read_originals(targets: Sequence[str], kind: str, original: Path | None) -> 
     Raises:
         AblationError: the picture cannot be read, or no one target of that kind is there.
     """
-    from .core.instruments import read_picture
-    from .core.prompts import collapse
+    from ..core.instruments import read_picture
+    from ..core.prompts import collapse
 
     if original is None:
         return {}
@@ -86,8 +86,8 @@ def concept_of(
     Raises:
         AblationError: the file says nothing or several things, or what `Concept` refuses.
     """
-    from .core.concept import Concept
-    from .core.prompts import normalise, read_prompt_file
+    from ..core.concept import Concept
+    from ..core.prompts import normalise, read_prompt_file
 
     listed = [edit.metadata.get(f"concept_ablation.{name}", "").split("; ") for name in ("target", "anchor", "kind")]
     known = [row for row in zip(*listed, strict=False) if all(row)]
@@ -123,7 +123,7 @@ def recogniser(
     Raises:
         AblationError: the memorized image is missing.
     """
-    from .core.leaks import by_copies, by_judge, typical_pictures
+    from ..core.leaks import by_copies, by_judge, typical_pictures
 
     if concept.kind != "memorized":
         typical = typical_pictures(denoiser, concept, settings, on_progress)
@@ -135,8 +135,8 @@ def recogniser(
 
 def known_words(model: str | None, target: str) -> Words:
     """What the model's folder knows of a target: its category, and others of that."""
-    from .core.hosts.diffusers import EMBEDDED_MODEL, load_hints
-    from .core.leak_candidates import Words, words_from_categories
+    from ..core.hosts.diffusers import EMBEDDED_MODEL, load_hints
+    from ..core.leak_candidates import Words, words_from_categories
 
     folder = EMBEDDED_MODEL if model is None else Path(model)
     return words_from_categories(target, load_hints(folder).categories) if folder.is_dir() else Words()
@@ -166,8 +166,8 @@ class AnchorSearch:
         Raises:
             AblationError: options of the search without one, or as `paraphrases_of`.
         """
-        from .core.concept import Concept
-        from .core.memorized import SearchSettings, paraphrases_of
+        from ..core.concept import Concept
+        from ..core.memorized import SearchSettings, paraphrases_of
 
         if anchors or not originals:
             if file is not None or endpoint is not None or model is not None:
@@ -184,9 +184,9 @@ class AnchorSearch:
         self, denoiser: DiffusersDenoiser, instruments: Instruments, output: Path, on_progress: ProgressCallback
     ) -> tuple[Task, ...]:
         """Find the anchors, write what was found to `output`, and say it in a table."""
-        from .core.ablation import Task
-        from .core.files import require_writable
-        from .core.memorized import find_anchors, write_found
+        from ..core.ablation import Task
+        from ..core.files import require_writable
+        from ..core.memorized import find_anchors, write_found
 
         require_writable(output)
         original = instruments.originals[self.caption]

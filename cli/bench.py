@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_console import console
-from .cli_inputs import load_judge, load_model
-from .cli_options import Device, JudgeOption, Model, Precision, Prediction
-from .core.errors import AblationError
+from ..core.errors import AblationError
+from .console import console
+from .inputs import load_judge, load_model
+from .options import Device, JudgeOption, Model, Precision, Prediction
 
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from .core.bench.bench import Bench
-    from .core.bench.plan import Job
-    from .core.bench.runner import Left, Planned
-    from .core.copies import CopyDetector
-    from .core.hosts.diffusers import DiffusersDenoiser, ModelHints
-    from .core.metrics import Judge
-    from .core.progress import Progress, ProgressCallback
-    from .core.tasks import Task
+    from ..core.bench.bench import Bench
+    from ..core.bench.plan import Job
+    from ..core.bench.runner import Left, Planned
+    from ..core.copies import CopyDetector
+    from ..core.hosts.diffusers import DiffusersDenoiser, ModelHints
+    from ..core.metrics import Judge
+    from ..core.progress import Progress, ProgressCallback
+    from ..core.tasks import Task
 
 ROOT = Path(__file__).resolve().parent
 TASK_LIST = ROOT / "benchmarks" / "tasks.toml"
@@ -99,17 +99,17 @@ def bench(
     prediction: Prediction = None,
 ) -> None:
     """Run the benchmark, or go on with it: writes results.json, tables.md and plots to --output."""
-    from .core.attack import AttackSettings
-    from .core.bench.bench import open_bench
-    from .core.bench.experiments import Selection, plan_jobs
-    from .core.bench.pace import Pace, probe
-    from .core.bench.plan import TINY, Protocol, parse_method
-    from .core.bench.plots import write_plots
-    from .core.bench.runner import known_rate, plan_keys, what_is_left
-    from .core.bench.summary import results
-    from .core.bench.tables import markdown
-    from .core.files import require_writable, write_json, write_text
-    from .core.tasks import load_tasks
+    from ..core.attack import AttackSettings
+    from ..core.bench.bench import open_bench
+    from ..core.bench.experiments import Selection, plan_jobs
+    from ..core.bench.pace import Pace, probe
+    from ..core.bench.plan import TINY, Protocol, parse_method
+    from ..core.bench.plots import write_plots
+    from ..core.bench.runner import known_rate, plan_keys, what_is_left
+    from ..core.bench.summary import results
+    from ..core.bench.tables import markdown
+    from ..core.files import require_writable, write_json, write_text
+    from ..core.tasks import load_tasks
 
     began = time.monotonic()
     listed = load_tasks(task_list or TASK_LIST)
@@ -186,8 +186,8 @@ def _method(job: Job) -> str:
 
 def _work(started: Bench, planned: Mapping[str, Sequence[Planned]], minutes: float | None, retry: bool) -> None:
     """Run what there is time for, and say what is left."""
-    from .core.bench.pace import Pace
-    from .core.bench.runner import known_rate, run, what_is_left
+    from ..core.bench.pace import Pace
+    from ..core.bench.runner import known_rate, run, what_is_left
 
     total = sum(map(len, planned.values()))
     # the results are written after the work, in about a quarter of a second for each job
@@ -220,7 +220,7 @@ def _shown_on(status: Status) -> ProgressCallback:
 
 def _show_left(left: Sequence[Left], rate: float | None) -> None:
     """What is to be done, and for how long at the rate that was measured."""
-    from .core.bench.runner import Left
+    from ..core.bench.runner import Left
 
     table = Table(title="Left to do")
     for heading in ("experiment", "jobs", "done", "rows", "hours"):
@@ -235,7 +235,7 @@ def _show_left(left: Sequence[Left], rate: float | None) -> None:
 
 
 def _show_conclusions(found: Mapping[str, Any]) -> None:
-    from .core.bench.tables import figure
+    from ..core.bench.tables import figure
 
     for title in ("goals", "claims"):
         table = Table(title=title.capitalize())
@@ -250,7 +250,7 @@ def _show_conclusions(found: Mapping[str, Any]) -> None:
 def _model(
     model: str | None, device: str | None, precision: str, prediction: str | None
 ) -> tuple[DiffusersDenoiser, ModelHints]:
-    from .core.hosts.diffusers import EMBEDDED_MODEL, load_hints
+    from ..core.hosts.diffusers import EMBEDDED_MODEL, load_hints
 
     folder = EMBEDDED_MODEL if model is None else Path(model)
     return load_model(model, device, precision, prediction), load_hints(folder)
@@ -258,7 +258,7 @@ def _model(
 
 def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenoiser, *, embedded: bool) -> list[Judge]:
     """The main judge and, if there is one, that for validation; the defaults are those of the model."""
-    from .core.metrics import Judge
+    from ..core.metrics import Judge
 
     first = load_judge(judge, denoiser, embedded=embedded)
     if embedded and validation is None and VALIDATION_JUDGE.is_dir():
@@ -268,8 +268,8 @@ def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenois
 
 def _detector(source: str | None, tasks: Sequence[Task]) -> CopyDetector | None:
     """The copy detector, if there is one and some task needs it."""
-    from .core.copies import detector_installed
-    from .core.instruments import INSTALLED, load_instruments
+    from ..core.copies import detector_installed
+    from ..core.instruments import INSTALLED, load_instruments
 
     if not any(task.picture for task in tasks):
         return None

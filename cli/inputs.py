@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_console import console
-from .cli_options import NETWORK_JUDGE
-from .core.errors import AblationError
+from ..core.errors import AblationError
+from ..core.judges import NETWORK_JUDGE
+from .console import console
 
 if TYPE_CHECKING:
-    from .core.ablation import Task
-    from .core.hosts.diffusers import DiffusersDenoiser
-    from .core.metrics import Judge
+    from ..core.ablation import Task
+    from ..core.hosts.diffusers import DiffusersDenoiser
+    from ..core.metrics import Judge
 
 
 def make_tasks(
@@ -26,9 +26,9 @@ def make_tasks(
     prompts: Path | None,
     target_prompts: Path | None,
 ) -> tuple[Task, ...]:
-    from .core.ablation import Task
-    from .core.concept import Concept
-    from .core.prompts import read_prompt_file
+    from ..core.ablation import Task
+    from ..core.concept import Concept
+    from ..core.prompts import read_prompt_file
 
     if len(targets) != len(anchors):
         raise AblationError(f"Targets: {len(targets)}, anchors: {len(anchors)}. Give one anchor for each target.")
@@ -53,7 +53,7 @@ def load_with_judge(
 
 def load_judge(judge: str | None, denoiser: DiffusersDenoiser, *, embedded: bool) -> Judge:
     """The judge that was named, else the embedded one for the embedded model and a public one for any other."""
-    from .core.metrics import Judge
+    from ..core.metrics import Judge
 
     return Judge.load(judge or (None if embedded else NETWORK_JUDGE), denoiser.device)
 
@@ -62,7 +62,7 @@ def load_model(model: str | None, device: str | None, precision: str, prediction
     if model is None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nothing is downloaded, and they flash by
     with console.status("Loading the model"):
-        from .core.hosts.diffusers import load_denoiser
+        from ..core.hosts.diffusers import load_denoiser
 
         return load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-NETWORK_JUDGE = "ViT-B-32/laion2b_s34b_b79k"
+from ..core.judges import NETWORK_JUDGE
 
 Model = Annotated[
     str | None,

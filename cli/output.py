@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .cli_console import console
-from .evidence_cli import interval_words, show_evidence
+from .console import console
+from .evidence import interval_words, show_evidence
 
 if TYPE_CHECKING:
-    from .core.details import ConceptDetails
-    from .core.evaluation import Evaluation
+    from ..core.details import ConceptDetails
+    from ..core.evaluation import Evaluation
 
 
 def print_evaluation(found: Evaluation, output: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from concept_ablation import cli, evidence_cli
-from concept_ablation.attack_cli import _names
+from concept_ablation.cli.attack import _names
+from concept_ablation.cli.evidence import AnchorSearch, concept_of, read_originals
 from concept_ablation.core import delta_file
 from concept_ablation.core.attack import PRETRAINED, AttackCurve, AttackReport, Checkpoint
 from concept_ablation.core.attack_report import write_attack
@@ -22,7 +22,6 @@ from concept_ablation.core.errors import AblationError
 from concept_ablation.core.leak_candidates import Words
 from concept_ablation.core.prompts import BUILT_IN, read_prompt_file
 from concept_ablation.core.statistics import share_interval
-from concept_ablation.evidence_cli import AnchorSearch, concept_of, read_originals
 from concept_ablation.tests.test_cli import run  # noqa: F401 - a fixture
 from concept_ablation.tests.test_evaluation import TextJudge
 from concept_ablation.tests.test_leaks import ColourJudge, Painter, blocking
@@ -33,16 +32,16 @@ SCAN = ["--each", 3, "--seeds", 2, "--suspects", 3, "--more-seeds", 6, "--steps"
 
 def use_model(monkeypatch, denoiser, judge) -> None:
     """Let every command load this model with this judge."""
-    for module in (cli, evidence_cli):
-        monkeypatch.setattr(module, "load_with_judge", lambda *_: (denoiser, judge))
+    for module in ("ablate", "evidence"):
+        monkeypatch.setattr(f"concept_ablation.cli.{module}.load_with_judge", lambda *_: (denoiser, judge))
 
 
 @pytest.fixture
 def painter(monkeypatch, tmp_path) -> Path:
     """A delta file that blocks 'rooster' but not 'cockerel', and a command line that loads the painter."""
     use_model(monkeypatch, Painter(), ColourJudge())
-    for module in ("leaks_cli", "attack_cli"):
-        monkeypatch.setattr(f"concept_ablation.{module}.known_words", lambda *_: Words())
+    for module in ("leaks", "attack"):
+        monkeypatch.setattr(f"concept_ablation.cli.{module}.known_words", lambda *_: Words())
     delta = blocking("rooster")
     told = {
         "concept_ablation.target": "rooster",

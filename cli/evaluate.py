@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .cli_console import progress_bars
-from .cli_inputs import make_tasks
-from .cli_options import (
+from .console import progress_bars
+from .evidence import load_beside, read_originals
+from .inputs import make_tasks
+from .options import (
     AnchorPrompts,
     Anchors,
     Composition,
@@ -28,8 +29,7 @@ from .cli_options import (
     TargetPrompts,
     Targets,
 )
-from .cli_output import print_evaluation
-from .evidence_cli import load_beside, read_originals
+from .output import print_evaluation
 
 
 def evaluate(
@@ -57,12 +57,12 @@ def evaluate(
     prediction: Prediction = None,
 ) -> None:
     """Measure a delta: the same held-out prompts and seeds before and after, judged by CLIP; writes a report."""
-    from .core import delta_file
-    from .core.ablation import report_inputs
-    from .core.evaluation import EvaluationSettings
-    from .core.evaluation import evaluate as measure
-    from .core.instruments import load_instruments
-    from .core.report import write_report
+    from ..core import delta_file
+    from ..core.ablation import report_inputs
+    from ..core.evaluation import EvaluationSettings
+    from ..core.evaluation import evaluate as measure
+    from ..core.instruments import load_instruments
+    from ..core.report import write_report
 
     tasks = make_tasks(target, anchor, kind, surrounding, prompts, target_prompts)
     settings = EvaluationSettings(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .cli_console import console, progress_bars
-from .cli_options import (
+from .console import console, progress_bars
+from .evidence import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
+from .options import (
     AnchorPrompts,
     DeltaFile,
     DetectorToFind,
@@ -28,10 +29,9 @@ from .cli_options import (
     Seed,
     TargetPrompts,
 )
-from .evidence_cli import concept_of, interval_words, known_words, load_beside, read_originals, recogniser
 
 if TYPE_CHECKING:
-    from .core.leaks import LeakReport
+    from ..core.leaks import LeakReport
 
 _SHOWN = 20
 
@@ -77,11 +77,11 @@ def leaks(
     """Search prompts that still reach the target in spite of a delta; writes leaks.json and a sheet for each leak."""
     from dataclasses import replace
 
-    from .core import delta_file
-    from .core.instruments import load_instruments
-    from .core.leak_sheets import check_feed_back, write_feed_back, write_leaks
-    from .core.leaks import ScanSettings, scan
-    from .core.samplers import SampleSettings
+    from ..core import delta_file
+    from ..core.instruments import load_instruments
+    from ..core.leak_sheets import check_feed_back, write_feed_back, write_leaks
+    from ..core.leaks import ScanSettings, scan
+    from ..core.samplers import SampleSettings
 
     sample = SampleSettings(steps=steps)
     settings = ScanSettings(each, seeds, suspects, more_seeds, sample=sample, batch=images_at_once, first_seed=seed)

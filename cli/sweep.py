@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_console import console
-from .cli_inputs import load_judge
-from .cli_options import (
+from ..core.errors import AblationError
+from .console import console
+from .inputs import load_judge
+from .options import (
     AutoPreserve,
     Device,
     EvalPrompts,
@@ -30,16 +31,15 @@ from .cli_options import (
     Seed,
     Subset,
 )
-from .core.errors import AblationError
 
 if TYPE_CHECKING:
-    from .core.concept import Concept, Kind
-    from .core.denoiser import Denoiser
-    from .core.hosts.diffusers import DiffusersDenoiser
-    from .core.metrics import Judge
-    from .core.presets import Recipe
-    from .core.sweep import Outcome
-    from .core.tasks import Task
+    from ..core.concept import Concept, Kind
+    from ..core.denoiser import Denoiser
+    from ..core.hosts.diffusers import DiffusersDenoiser
+    from ..core.metrics import Judge
+    from ..core.presets import Recipe
+    from ..core.sweep import Outcome
+    from ..core.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def sweep(
     Tasks that an earlier run has finished with the same options are skipped. Writes what ablate writes to
     OUTPUT/<task>/, and summary.json. Exit code 1 if a task failed.
     """
-    from .core.evaluation import EvaluationSettings
-    from .core.files import require_writable, write_json
-    from .core.hosts.diffusers import require_model
-    from .core.subsets import check_subset
-    from .core.sweep import SUMMARY_FILE, Resources, run_in_order, run_on_ray, summary
-    from .core.tasks import load_tasks
+    from ..core.evaluation import EvaluationSettings
+    from ..core.files import require_writable, write_json
+    from ..core.hosts.diffusers import require_model
+    from ..core.subsets import check_subset
+    from ..core.sweep import SUMMARY_FILE, Resources, run_in_order, run_on_ray, summary
+    from ..core.tasks import load_tasks
 
     listed = load_tasks(tasks)
     resources = Resources(cpus_per_task, gpus_per_task, max_retries, workers, address)
@@ -184,9 +184,9 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
     Raises:
         AblationError: as `ablate_and_report`.
     """
-    from .core.ablation import Task as Ablation
-    from .core.ablation import ablate_and_report
-    from .core.evaluation import EvaluationSettings
+    from ..core.ablation import Task as Ablation
+    from ..core.ablation import ablate_and_report
+    from ..core.evaluation import EvaluationSettings
 
     denoiser, judge = _loaded(options.model, options.judge, options.device, options.precision, options.prediction)
     chosen = _recipe(options, denoiser, task.concept.kind, [task.concept])
@@ -195,7 +195,7 @@ def run_task(options: Options, task: Task, folder: Path) -> None:
 
 
 def _recipe(options: Options, denoiser: Denoiser | None, kind: Kind, concepts: Sequence[Concept] = ()) -> Recipe:
-    from .core.presets import recipe
+    from ..core.presets import recipe
 
     return recipe(
         options.preset,
@@ -217,7 +217,7 @@ def _loaded(
     model: str | None, judge: str | None, device: str | None, precision: str, prediction: str | None
 ) -> tuple[DiffusersDenoiser, Judge]:
     """The model and its judge, which the next task of the same worker finds loaded."""
-    from .core.hosts.diffusers import load_denoiser
+    from ..core.hosts.diffusers import load_denoiser
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     denoiser = load_denoiser(model, device=device, precision=precision, prediction_type=prediction)
