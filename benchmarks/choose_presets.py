@@ -60,7 +60,7 @@ from concept_ablation.core.metrics import Judge
 from concept_ablation.core.presets import Recipe, recipe
 from concept_ablation.core.prompts import development
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.core.tasks import Task, load_tasks
+from concept_ablation.core.tasks import ListedTask, load_tasks
 
 TASKS = Path(__file__).with_name("development_tasks.toml")
 FIRST_SEED = 1000
@@ -232,11 +232,11 @@ class Bench:
     store: JobStore
     key: Mapping[str, Any]
 
-    def before(self, task: Task) -> Hits:
+    def before(self, task: ListedTask) -> Hits:
         """Of the target and the surrounding concepts, without an edit."""
         return self.store.run(f"before-{task.name}", self._inputs(task), lambda: self._hits(task, self.model(), None))
 
-    def try_out(self, task: Task, candidate: Candidate) -> dict[str, Any]:
+    def try_out(self, task: ListedTask, candidate: Candidate) -> dict[str, Any]:
         """Make a delta with a candidate and measure it."""
         denoiser = self.model()
         made = candidate.recipe(self.preset, denoiser, task.concept.kind)
@@ -250,7 +250,7 @@ class Bench:
         denoiser.prompt_source = development(denoiser.prompt_source)
         return denoiser
 
-    def _try_out(self, task: Task, denoiser: Denoiser, made: Recipe) -> dict[str, Any]:
+    def _try_out(self, task: ListedTask, denoiser: Denoiser, made: Recipe) -> dict[str, Any]:
         # images that several candidates train on are drawn once
         drawn = {**self._inputs(task), "dataset": asdict(made.dataset)} if made.dataset else None
         folder = self.store.path(f"dataset-{task.name}", drawn, "") if drawn else None
@@ -272,11 +272,11 @@ class Bench:
             "diverged": diverged,
         }
 
-    def _hits(self, task: Task, denoiser: Denoiser, delta: Delta | None) -> dict[str, list[list[int]]]:
+    def _hits(self, task: ListedTask, denoiser: Denoiser, delta: Delta | None) -> dict[str, list[list[int]]]:
         jobs = make_jobs(denoiser, [task.concept], [task.surrounding], self.sizes.evaluation)
         return hits(denoiser, self.judge, [job for job in jobs if job.role != "anchor"], self.sizes.evaluation, delta)
 
-    def _inputs(self, task: Task) -> dict[str, Any]:
+    def _inputs(self, task: ListedTask) -> dict[str, Any]:
         described = [task.concept.kind, task.concept.target, task.concept.anchor, *task.surrounding]
         return {**self.key, "task": described, "evaluation": _stored(self.sizes.evaluation)}
 
@@ -286,7 +286,7 @@ def _stored(settings: Any) -> Any:
     return json.loads(json.dumps(asdict(settings)))
 
 
-def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) -> dict[str, Any]:
+def row(bench: Bench, tasks: Sequence[ListedTask], name: str, candidate: Candidate) -> dict[str, Any]:
     """One candidate on all tasks: its cost, its accuracies and its score."""
     found = [(task, bench.before(task), bench.try_out(task, candidate)) for task in tasks]
     return {
@@ -307,7 +307,7 @@ def row(bench: Bench, tasks: Sequence[Task], name: str, candidate: Candidate) ->
     }
 
 
-def score(before: Hits, after: Hits, task: Task) -> float:
+def score(before: Hits, after: Hits, task: ListedTask) -> float:
     """How far the target's accuracy falls minus how far that of the surrounding concepts does."""
     falls = []
     for names in ([task.concept.target], task.surrounding):

@@ -41,7 +41,7 @@ from concept_ablation.core.concept import Concept, evaluation_prompts
 from concept_ablation.core.delta import Delta, merge
 from concept_ablation.core.denoiser import Denoiser
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.evaluation import EvaluationSettings, Job
+from concept_ablation.core.evaluation import EvaluationJob, EvaluationSettings
 from concept_ablation.core.files import write_json
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, load_denoiser, load_hints
 from concept_ablation.core.metrics import Judge
@@ -161,7 +161,7 @@ class Bench:
             denoiser = self.load()
             count = self.sizes.evaluation.prompts
             jobs = [
-                Job(c.target, "target", c, evaluation_prompts(c.target, c, denoiser.prompt_source, count))
+                EvaluationJob(c.target, "target", c, evaluation_prompts(c.target, c, denoiser.prompt_source, count))
                 for c in concepts
             ]
             delta: Delta | None = delta_file.load(self.make(method, tasks)[1]) if method else None

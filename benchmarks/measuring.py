@@ -13,7 +13,7 @@ from concept_ablation.core.compiling import compiled
 from concept_ablation.core.concept import judge_texts
 from concept_ablation.core.delta import Delta
 from concept_ablation.core.denoiser import Denoiser
-from concept_ablation.core.evaluation import EvaluationSettings, Job, draw
+from concept_ablation.core.evaluation import EvaluationJob, EvaluationSettings, draw
 from concept_ablation.core.merged import merged
 from concept_ablation.core.metrics import Judge, clip_hits
 from concept_ablation.core.phases import Phase
@@ -24,7 +24,11 @@ Hits = Mapping[str, Sequence[Sequence[int]]]
 
 
 def hits(
-    denoiser: Denoiser, judge: Judge, jobs: Sequence[Job], settings: EvaluationSettings, delta: Delta | None = None
+    denoiser: Denoiser,
+    judge: Judge,
+    jobs: Sequence[EvaluationJob],
+    settings: EvaluationSettings,
+    delta: Delta | None = None,
 ) -> dict[str, list[list[int]]]:
     """Draw `jobs`, with `delta` or without an edit, and judge every picture."""
     rows = sampling_rows(settings.seeds * sum(len(job.prompts) for job in jobs), settings.sample)

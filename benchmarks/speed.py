@@ -39,7 +39,7 @@ from speed_presets import TINY, Bench, Sizes
 from concept_ablation.core.files import write_json
 from concept_ablation.core.hosts.diffusers import load_denoiser
 from concept_ablation.core.metrics import Judge
-from concept_ablation.core.tasks import Task, load_tasks
+from concept_ablation.core.tasks import ListedTask, load_tasks
 
 TASKS = Path(__file__).with_name("speed_tasks.toml")
 PRESETS = ("instant", "fast", "balanced", "paper")
@@ -57,7 +57,7 @@ class Steps:
     repeats: int = 3
 
 
-def turns(tasks: Sequence[Task], repeats: Mapping[str, int]) -> Iterator[tuple[Task, str, int]]:
+def turns(tasks: Sequence[ListedTask], repeats: Mapping[str, int]) -> Iterator[tuple[ListedTask, str, int]]:
     """(task, preset, repeat) in the order in which they run: in each repeat and task every preset that still has one,
     beginning with another one each time.
     """
@@ -70,7 +70,7 @@ def turns(tasks: Sequence[Task], repeats: Mapping[str, int]) -> Iterator[tuple[T
                     yield task, preset, repeat
 
 
-def measure_tasks(bench: Bench, tasks: Sequence[Task], repeats: Mapping[str, int]) -> dict[str, Any]:
+def measure_tasks(bench: Bench, tasks: Sequence[ListedTask], repeats: Mapping[str, int]) -> dict[str, Any]:
     """The first part: what results/speed.json says of it."""
     for task, preset, repeat in turns(tasks, repeats):
         made = bench.make(task, preset, repeat)
@@ -162,7 +162,7 @@ def assemble(
     }
 
 
-def _task_row(bench: Bench, task: Task, repeats: Mapping[str, int]) -> dict[str, Any]:
+def _task_row(bench: Bench, task: ListedTask, repeats: Mapping[str, int]) -> dict[str, Any]:
     before = bench.hits(task, None)
     row: dict[str, Any] = {
         "name": task.name,
@@ -185,7 +185,9 @@ def _task_row(bench: Bench, task: Task, repeats: Mapping[str, int]) -> dict[str,
     return row
 
 
-def _preset_row(bench: Bench, tasks: Sequence[Task], rows: Sequence[Mapping[str, Any]], preset: str) -> dict[str, Any]:
+def _preset_row(
+    bench: Bench, tasks: Sequence[ListedTask], rows: Sequence[Mapping[str, Any]], preset: str
+) -> dict[str, Any]:
     """A preset over all tasks."""
     found = [row["presets"][preset] for row in rows]
     drawn = [bench.hits(task, preset) for task in tasks]
@@ -199,7 +201,7 @@ def _preset_row(bench: Bench, tasks: Sequence[Task], rows: Sequence[Mapping[str,
     }
 
 
-def _pooled(drawn: Sequence[Hits], tasks: Sequence[Task]) -> dict[str, Any]:
+def _pooled(drawn: Sequence[Hits], tasks: Sequence[ListedTask]) -> dict[str, Any]:
     """Accuracies over all tasks."""
     return {
         "target": plain(accuracy(*_targets(drawn, tasks))),
@@ -217,7 +219,7 @@ def _median_phases(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _compare(
-    bench: Bench, tasks: Sequence[Task], rows: Sequence[Mapping[str, Any]], first: str, second: str
+    bench: Bench, tasks: Sequence[ListedTask], rows: Sequence[Mapping[str, Any]], first: str, second: str
 ) -> dict[str, Any]:
     """`second` against `first`: time as the median over tasks, accuracy over the same prompts and seeds."""
     drawn = [[bench.hits(task, preset) for task in tasks] for preset in (first, second)]
@@ -233,18 +235,18 @@ def _compare(
     }
 
 
-def _accuracies(found: Hits, task: Task) -> dict[str, Any]:
+def _accuracies(found: Hits, task: ListedTask) -> dict[str, Any]:
     return {
         "target_accuracy": plain(accuracy(only(found, [task.concept.target]))),
         "surrounding_accuracy": plain(accuracy(only(found, task.surrounding))),
     }
 
 
-def _targets(drawn: Sequence[Hits], tasks: Sequence[Task]) -> list[Hits]:
+def _targets(drawn: Sequence[Hits], tasks: Sequence[ListedTask]) -> list[Hits]:
     return [only(found, [task.concept.target]) for found, task in zip(drawn, tasks, strict=True)]
 
 
-def _neighbours(drawn: Sequence[Hits], tasks: Sequence[Task]) -> list[Hits]:
+def _neighbours(drawn: Sequence[Hits], tasks: Sequence[ListedTask]) -> list[Hits]:
     return [only(found, task.surrounding) for found, task in zip(drawn, tasks, strict=True)]
 
 

@@ -25,7 +25,7 @@ from concept_ablation.core.presets import Recipe, recipe
 from concept_ablation.core.progress import Progress
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.subsets import select
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 from concept_ablation.core.trainer import TrainSettings
 
 PAPER_SAMPLE = SampleSettings(steps=25, guidance=6.0, eta=1.0)
@@ -88,7 +88,7 @@ class Bench:
     store: JobStore
     key: Mapping[str, Any]
 
-    def recipe(self, preset: str, denoiser: Denoiser, task: Task, seed: int) -> Recipe:
+    def recipe(self, preset: str, denoiser: Denoiser, task: ListedTask, seed: int) -> Recipe:
         """The preset's settings for a task, with this run's sizes."""
         changes = {
             name: dict(by_preset[preset])
@@ -97,15 +97,15 @@ class Bench:
         }
         return recipe(preset, denoiser, task.concept.kind, seed=seed, **changes)
 
-    def delta_path(self, task: Task, preset: str, repeat: int) -> Path:
+    def delta_path(self, task: ListedTask, preset: str, repeat: int) -> Path:
         """Where the delta of a job is kept for its evaluation."""
         return self.store.path(*self._made(task, preset, repeat), suffix=".safetensors")
 
-    def make(self, task: Task, preset: str, repeat: int) -> dict[str, Any]:
+    def make(self, task: ListedTask, preset: str, repeat: int) -> dict[str, Any]:
         """From the concept to the delta file, timed; the seed is `repeat`."""
         return self.store.run(*self._made(task, preset, repeat), lambda: self._make(task, preset, repeat))
 
-    def hits(self, task: Task, preset: str | None) -> Hits:
+    def hits(self, task: ListedTask, preset: str | None) -> Hits:
         """Of the target and the surrounding concepts: with the delta of the first repeat, or without an edit."""
         evaluation = asdict(self.sizes.evaluation)
         inputs = {**self.key, "task": _described(task), "preset": preset, "evaluation": evaluation}
@@ -113,13 +113,13 @@ class Bench:
             inputs["delta"] = self.delta_path(task, preset, 0).stem
         return self.store.run(f"hits-{task.name}-{preset or 'none'}", inputs, lambda: self._hits(task, preset))
 
-    def overhead(self, task: Task, preset: str, repeat: int) -> dict[str, float]:
+    def overhead(self, task: ListedTask, preset: str, repeat: int) -> dict[str, float]:
         """Seconds of a step of training on rows, and of the bare network on the same rows."""
         sizes = {"steps": self.sizes.floor_steps, "trajectories": self.sizes.floor_trajectories}
         inputs = {**self.key, "task": _described(task), "preset": preset, "repeat": repeat, **sizes}
         return self.store.run(f"floor-{preset}", inputs, lambda: self._overhead(task, preset, repeat))
 
-    def _made(self, task: Task, preset: str, repeat: int) -> tuple[str, dict[str, Any]]:
+    def _made(self, task: ListedTask, preset: str, repeat: int) -> tuple[str, dict[str, Any]]:
         sizes = {
             name: _jsonable(by_preset.get(preset, {}))
             for name, by_preset in (("dataset", self.sizes.dataset), ("training", self.sizes.training))
@@ -127,7 +127,7 @@ class Bench:
         name = f"make-{task.name}-{preset}-{repeat}"
         return name, {**self.key, "task": _described(task), "preset": preset, "repeat": repeat, **sizes}
 
-    def _make(self, task: Task, preset: str, repeat: int) -> dict[str, Any]:
+    def _make(self, task: ListedTask, preset: str, repeat: int) -> dict[str, Any]:
         denoiser = self.load()
         warm_up(denoiser)
         settings = self.recipe(preset, denoiser, task, repeat)
@@ -138,14 +138,14 @@ class Bench:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "phases": costs(made.phases, seconds), "bytes": path.stat().st_size}
 
-    def _hits(self, task: Task, preset: str | None) -> dict[str, list[list[int]]]:
+    def _hits(self, task: ListedTask, preset: str | None) -> dict[str, list[list[int]]]:
         denoiser = self.load()
         jobs = make_jobs(denoiser, [task.concept], [task.surrounding], self.sizes.evaluation)
         delta = None if preset is None else delta_file.load(self.delta_path(task, preset, 0))
         measured = [job for job in jobs if job.role != "anchor"]
         return hits(denoiser, self.judge, measured, self.sizes.evaluation, delta)
 
-    def _overhead(self, task: Task, preset: str, repeat: int) -> dict[str, float]:
+    def _overhead(self, task: ListedTask, preset: str, repeat: int) -> dict[str, float]:
         denoiser = self.load()
         warm_up(denoiser)
         settings = HarvestSettings(
@@ -232,7 +232,7 @@ def _wait(denoiser: Denoiser) -> None:
         torch.cuda.synchronize()
 
 
-def _described(task: Task) -> dict[str, Any]:
+def _described(task: ListedTask) -> dict[str, Any]:
     """A task as a part of a job's inputs."""
     return _jsonable(asdict(task))
 

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from ..core.bench.bench import Bench
-    from ..core.bench.plan import Job
+    from ..core.bench.plan import BenchJob
     from ..core.bench.runner import Left, Planned
     from ..core.copies import CopyDetector
     from ..core.hosts.diffusers import DiffusersDenoiser, ModelHints
     from ..core.metrics import Judge
     from ..core.progress import Progress, ProgressCallback
-    from ..core.tasks import Task
+    from ..core.tasks import ListedTask
 
 ROOT = Path(__file__).resolve().parent
 TASK_LIST = ROOT / "benchmarks" / "tasks.toml"
@@ -180,7 +180,7 @@ def _failures(started: Bench, planned: Mapping[str, Sequence[Planned]]) -> list[
     return said
 
 
-def _method(job: Job) -> str:
+def _method(job: BenchJob) -> str:
     return job.edit.method.label if job.edit else "pretrained"
 
 
@@ -266,7 +266,7 @@ def _judges(judge: str | None, validation: str | None, denoiser: DiffusersDenois
     return [first] if validation is None else [first, Judge.load(validation, denoiser.device)]
 
 
-def _detector(source: str | None, tasks: Sequence[Task]) -> CopyDetector | None:
+def _detector(source: str | None, tasks: Sequence[ListedTask]) -> CopyDetector | None:
     """The copy detector, if there is one and some task needs it."""
     from ..core.copies import detector_installed
     from ..core.instruments import INSTALLED, load_instruments

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..core.metrics import Judge
     from ..core.presets import Recipe
     from ..core.sweep import Outcome
-    from ..core.tasks import Task
+    from ..core.tasks import ListedTask
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def run_task(options: Options, task: Task, folder: Path) -> None:
+def run_task(options: Options, task: ListedTask, folder: Path) -> None:
     """Do one task: what `concept-ablation ablate` does, with its results in `folder`.
 
     Raises:

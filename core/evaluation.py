@@ -106,7 +106,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What an evaluation draws for one name."""
 
     name: str
@@ -162,7 +162,7 @@ def evaluate(
 
 
 def compare(
-    jobs: Sequence[Job],
+    jobs: Sequence[EvaluationJob],
     before: Drawn,
     after: Drawn,
     judge: Judge,
@@ -188,7 +188,7 @@ def make_jobs(
     concepts: Sequence[Concept],
     surrounding: Sequence[Sequence[str]],
     settings: EvaluationSettings,
-) -> list[Job]:
+) -> list[EvaluationJob]:
     """Everything that `evaluate` will draw. Costs nothing, so that a long run can find bad input before it begins.
 
     Raises:
@@ -198,17 +198,19 @@ def make_jobs(
     jobs = []
     for concept, names in zip(concepts, surrounding, strict=True):
         jobs += [
-            Job(name, role, concept, evaluation_prompts(name, concept, source, settings.prompts))
+            EvaluationJob(name, role, concept, evaluation_prompts(name, concept, source, settings.prompts))
             for name, role in roles(concept, names)
         ]
         if settings.misspellings:
             halves = ((settings.misspellings + 1) // 2, 1), (settings.misspellings // 2, 2)
             typos = [misspelled_prompts(concept, source, count, distance) for count, distance in halves if count]
-            jobs.append(Job(concept.target, "misspelled", concept, tuple(text for half in typos for text in half)))
+            jobs.append(
+                EvaluationJob(concept.target, "misspelled", concept, tuple(text for half in typos for text in half))
+            )
         if settings.composition and concept.kind != "memorized":
             words = word_groups(source, concept)
             jobs += [
-                Job(name, "composed", concept, composed_prompts(name, concept, source), words)
+                EvaluationJob(name, "composed", concept, composed_prompts(name, concept, source), words)
                 for name in (concept.target, concept.anchor)
             ]
     return jobs
@@ -231,7 +233,7 @@ def roles(concept: Concept, surrounding: Sequence[str]) -> list[tuple[str, Role]
 
 def draw(
     denoiser: Denoiser,
-    jobs: Sequence[Job],
+    jobs: Sequence[EvaluationJob],
     settings: EvaluationSettings,
     phase: str,
     on_progress: ProgressCallback | None = None,
@@ -262,7 +264,7 @@ def draw(
 
 def _judged(
     judge: Judge,
-    job: Job,
+    job: EvaluationJob,
     before: np.ndarray,
     after: np.ndarray,
     settings: EvaluationSettings,

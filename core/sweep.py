@@ -19,11 +19,11 @@ from typing import Any, Literal
 from .ablation import DATASET_FOLDER
 from .errors import AblationError, OtherDataset
 from .files import write_json
-from .tasks import Task
+from .tasks import ListedTask
 
 TASK_FILE, REPORT_FILE, SUMMARY_FILE = "task.json", "report.json", "summary.json"
 
-Run = Callable[[Task, Path], None]
+Run = Callable[[ListedTask, Path], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
     return told == json.loads(json.dumps(request)) and (folder / REPORT_FILE).is_file()
 
 
-def run_in_order(tasks: Sequence[Task], output: Path, run: Run, requests: Mapping[str, Any]) -> Iterator[Outcome]:
+def run_in_order(tasks: Sequence[ListedTask], output: Path, run: Run, requests: Mapping[str, Any]) -> Iterator[Outcome]:
     """Run tasks one after another in this process.
 
     Args:
@@ -97,7 +97,7 @@ def run_in_order(tasks: Sequence[Task], output: Path, run: Run, requests: Mappin
 
 
 def run_on_ray(
-    tasks: Sequence[Task], output: Path, run: Run, requests: Mapping[str, Any], resources: Resources
+    tasks: Sequence[ListedTask], output: Path, run: Run, requests: Mapping[str, Any], resources: Resources
 ) -> Iterator[Outcome]:
     """Run tasks on a Ray cluster, which must have this package installed and see `output` under the same path.
 
@@ -126,7 +126,7 @@ def run_on_ray(
     try:
         gpus = _gpus(resources)
         remote = ray.remote(_timed).options(num_cpus=resources.cpus, num_gpus=gpus, max_retries=resources.retries)
-        running: dict[Any, Task] = {}
+        running: dict[Any, ListedTask] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < (resources.workers or len(tasks)):
@@ -151,7 +151,7 @@ def run_on_ray(
             ray.shutdown()
 
 
-def summary(tasks: Sequence[Task], output: Path, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+def summary(tasks: Sequence[ListedTask], output: Path, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
     """One row a task, in the order of the list: how it ended, and of its report the figures of each concept.
 
     CLIP accuracies, before and after, are in [0, 1]; "surrounding" are the means over the surrounding concepts.
@@ -175,7 +175,7 @@ def _means(concepts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _timed(run: Run, task: Task, folder: Path) -> float:
+def _timed(run: Run, task: ListedTask, folder: Path) -> float:
     """Run a task; the seconds that it took, without those that it waited for its turn."""
     start = time.perf_counter()
     if folder.is_file():

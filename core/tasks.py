@@ -37,7 +37,7 @@ _OF_MEMORIZED = {"anchor_prompts", "target_prompts", "picture"}
 
 
 @dataclass(frozen=True)
-class Task:
+class ListedTask:
     """One ablation, and what shows whether it went well."""
 
     name: str
@@ -51,7 +51,7 @@ class Task:
 class TaskList:
     """Ablations of one model, each to be made by itself."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[ListedTask, ...]
     model: str | None = None
     """None for the embedded model."""
 
@@ -96,7 +96,7 @@ def _parse(content: Mapping[str, Any]) -> TaskList:
     return TaskList(tasks, model)
 
 
-def _task(entry: Mapping[str, Any], place: str) -> Task:
+def _task(entry: Mapping[str, Any], place: str) -> ListedTask:
     where = f"{place} ({entry['name']})" if isinstance(entry.get("name"), str) else place
     memorized = entry.get("kind") == "memorized"
     _check_keys(entry, _TEXTS | _LISTS | (_OF_MEMORIZED if memorized else set()), where)
@@ -119,7 +119,7 @@ def _task(entry: Mapping[str, Any], place: str) -> Task:
         raise AblationError(f"{where}: {error}") from error
 
 
-def _checked(entry: Mapping[str, Any]) -> Task:
+def _checked(entry: Mapping[str, Any]) -> ListedTask:
     concept = Concept(
         entry["target"],
         entry["anchor"],
@@ -131,7 +131,7 @@ def _checked(entry: Mapping[str, Any]) -> Task:
     least, most = SURROUNDING
     if not least <= len(surrounding) <= most:
         raise AblationError(f"There are {len(surrounding)} surrounding concepts: name {least} or {most}.")
-    return Task(entry["name"], concept, surrounding, entry.get("picture"))
+    return ListedTask(entry["name"], concept, surrounding, entry.get("picture"))
 
 
 def _check_keys(entry: Mapping[str, Any], known: set[str], where: str) -> None:

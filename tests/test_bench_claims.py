@@ -12,15 +12,15 @@ from concept_ablation.core.bench.figures import Measured, difference, kept, mean
 from concept_ablation.core.bench.goals import all_goals
 from concept_ablation.core.bench.measures import Observation
 from concept_ablation.core.concept import Concept
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 
 PROMPTS, IMAGES = tuple(f"prompt {number}" for number in range(10)), 8
 AROUND = ("one", "two", "three", "four")
 JUDGES = ["judge", "other judge"]
 TASKS = [
-    *(Task(f"instance-{n}", Concept(f"thing {n}", "stuff"), AROUND) for n in range(2)),
-    *(Task(f"style-{n}", Concept(f"style {n}", "art", "style"), AROUND) for n in range(2)),
-    *(Task(f"memorized-{n}", Concept(f"caption {n}", "anchor", "memorized"), AROUND, "a.png") for n in range(2)),
+    *(ListedTask(f"instance-{n}", Concept(f"thing {n}", "stuff"), AROUND) for n in range(2)),
+    *(ListedTask(f"style-{n}", Concept(f"style {n}", "art", "style"), AROUND) for n in range(2)),
+    *(ListedTask(f"memorized-{n}", Concept(f"caption {n}", "anchor", "memorized"), AROUND, "a.png") for n in range(2)),
 ]
 DEFAULT = dict.fromkeys(("instance", "style", "memorized"), "balanced")
 BASE = Measured(

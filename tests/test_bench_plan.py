@@ -10,27 +10,27 @@ from concept_ablation.core.attack import AttackSettings
 from concept_ablation.core.bench import plan
 from concept_ablation.core.bench.experiments import EXPERIMENTS, Selection, plan_jobs, sibling_anchors, union
 from concept_ablation.core.bench.pace import Pace, attack_rows, sampling_rows, scan_rows
-from concept_ablation.core.bench.plan import Edit, Instruments, Job, Method, Protocol, digest, parse_method
+from concept_ablation.core.bench.plan import BenchJob, Edit, Fingerprints, Method, Protocol, digest, parse_method
 from concept_ablation.core.bench.units import captions, units
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.errors import AblationError, Interrupted
 from concept_ablation.core.leaks import ScanSettings
 from concept_ablation.core.prompts import BUILT_IN, normalise
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 
 AROUND = ("owl", "duck", "eagle", "dove")
-ROOSTER = Task("rooster", Concept("rooster", "bird"), AROUND)
-MONET = Task("monet", Concept("Monet", "painting", "style"), ("Manet", "Renoir", "Degas", "Dali"))
-DALI = Task("dali", Concept("Dali", "painting", "style"), ("Monet", "Manet", "Renoir", "Degas"))
-BUS = Task(
+ROOSTER = ListedTask("rooster", Concept("rooster", "bird"), AROUND)
+MONET = ListedTask("monet", Concept("Monet", "painting", "style"), ("Manet", "Renoir", "Degas", "Dali"))
+DALI = ListedTask("dali", Concept("Dali", "painting", "style"), ("Monet", "Manet", "Renoir", "Degas"))
+BUS = ListedTask(
     "bus",
     Concept("Night bus to Marzipan Square, 1931", "a bus", "memorized", anchor_prompts=("a bus", "a bus at night")),
     AROUND,
     "bus.png",
 )
-TOOLS = Instruments("model", ("judge 1",), "sscd", {"bus.png": "sha"}, (("colour", ("red", "blue")),), "categories")
-JOB = Job("evaluate", ROOSTER, Edit((ROOSTER,), Method()))
+TOOLS = Fingerprints("model", ("judge 1",), "sscd", {"bus.png": "sha"}, (("colour", ("red", "blue")),), "categories")
+JOB = BenchJob("evaluate", ROOSTER, Edit((ROOSTER,), Method()))
 
 
 def key(denoiser, job=JOB, tools=TOOLS, protocol=Protocol()) -> str:  # noqa: B008 - frozen
@@ -38,8 +38,8 @@ def key(denoiser, job=JOB, tools=TOOLS, protocol=Protocol()) -> str:  # noqa: B0
     return plan.job_key(job, made, tools, protocol)
 
 
-def varied(task: Task, **method: object) -> Job:
-    return Job("evaluate", task, Edit((task,), Method(**method)))
+def varied(task: ListedTask, **method: object) -> BenchJob:
+    return BenchJob("evaluate", task, Edit((task,), Method(**method)))
 
 
 def test_a_digest_depends_on_the_value_alone():
@@ -50,7 +50,7 @@ def test_a_digest_depends_on_the_value_alone():
 
 
 def test_a_key_stays_the_same_for_equal_jobs(tiny, make_model):
-    again = Job("evaluate", replace(ROOSTER), Edit((replace(ROOSTER),), Method("balanced")))
+    again = BenchJob("evaluate", replace(ROOSTER), Edit((replace(ROOSTER),), Method("balanced")))
     assert key(tiny) == key(make_model(seed=0), again, replace(TOOLS), Protocol())
     # what only names something has no part in it
     assert key(tiny) == key(tiny, varied(replace(ROOSTER, name="cock"), subset="cross-attn"))
@@ -109,7 +109,7 @@ def test_keys_of_memorized_images_change_with_their_instruments(tiny):
 
 
 def test_keys_of_scans_and_attacks_change_with_their_settings(tiny):
-    scan, attack = replace(JOB, kind="leaks"), Job("attack", ROOSTER, None)
+    scan, attack = replace(JOB, kind="leaks"), BenchJob("attack", ROOSTER, None)
     assert key(tiny, scan) != key(tiny, scan, protocol=Protocol(scan=ScanSettings(each=3)))
     assert key(tiny, scan) != key(tiny, scan, replace(TOOLS, categories=""))
     assert key(tiny, attack) != key(tiny, attack, protocol=Protocol(attack=AttackSettings(batch=2)))
@@ -170,7 +170,7 @@ def test_one_edit_of_several_keeps_no_target():
     joint = union((MONET, DALI))
     assert joint[0].surrounding == ("Manet", "Renoir", "Degas") and joint[1].surrounding == ("Manet", "Renoir", "Degas")
     with pytest.raises(AblationError, match="anchor of rooster is ablated"):
-        union((ROOSTER, Task("bird", Concept("bird", "animal"), AROUND)))
+        union((ROOSTER, ListedTask("bird", Concept("bird", "animal"), AROUND)))
 
 
 def test_other_anchors_are_surrounding_concepts_no_more():

@@ -26,7 +26,7 @@ from concept_ablation.core.bench.edits import edit_folder, make, without_copies
 from concept_ablation.core.bench.experiments import EXPERIMENTS, Selection, plan_jobs
 from concept_ablation.core.bench.jobs import run_job
 from concept_ablation.core.bench.pace import Pace
-from concept_ablation.core.bench.plan import TINY, Edit, Job, Method
+from concept_ablation.core.bench.plan import TINY, BenchJob, Edit, Method
 from concept_ablation.core.bench.plots import PLOTS
 from concept_ablation.core.bench.runner import plan_keys, run, what_is_left
 from concept_ablation.core.bench.store import Store, load_pictures, save_pictures
@@ -36,12 +36,12 @@ from concept_ablation.core.copies import CopyDetector
 from concept_ablation.core.errors import AblationError, Interrupted
 from concept_ablation.core.hosts.diffusers import ModelHints
 from concept_ablation.core.phases import counted
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 
 AROUND = ("owl", "duck", "eagle", "dove")
-ROOSTER = Task("rooster", Concept("rooster", "bird"), AROUND)
-MONET = Task("monet", Concept("Monet", "painting", "style"), ("Manet", "Renoir", "Degas", "Dali"))
-BUS = Task(
+ROOSTER = ListedTask("rooster", Concept("rooster", "bird"), AROUND)
+MONET = ListedTask("monet", Concept("Monet", "painting", "style"), ("Manet", "Renoir", "Degas", "Dali"))
+BUS = ListedTask(
     "bus",
     Concept("Night bus to Marzipan Square, 1931", "a bus", "memorized", anchor_prompts=("a bus", "a bus at night")),
     AROUND,
@@ -322,10 +322,10 @@ def test_a_training_that_diverges_is_a_result_with_the_checkpoints_before_it(ben
     monkeypatch.setattr(trainer, "_rate", lambda step, settings: 1.0 if step < 1 else float("inf"))
     made = make(bench, edit)
     assert made.info["diverged"] and made.delta(1) is not None and made.delta(2) is None
-    last = Job("evaluate", ROOSTER, edit, 2, robustness=False)
+    last = BenchJob("evaluate", ROOSTER, edit, 2, robustness=False)
     found = run_job(bench, last, bench.key(last))
     assert found["diverged"] and not found["observations"]
-    first = Job("evaluate", ROOSTER, edit, 1, robustness=False)
+    first = BenchJob("evaluate", ROOSTER, edit, 1, robustness=False)
     assert run_job(bench, first, bench.key(first))["observations"]
 
 

@@ -11,7 +11,15 @@ import torch
 from concept_ablation.core.concept import Concept, evaluation_prompts, pairs
 from concept_ablation.core.delta import zeros
 from concept_ablation.core.errors import AblationError
-from concept_ablation.core.evaluation import Drawn, EvaluationSettings, Job, compare, evaluate, make_jobs, roles
+from concept_ablation.core.evaluation import (
+    Drawn,
+    EvaluationJob,
+    EvaluationSettings,
+    compare,
+    evaluate,
+    make_jobs,
+    roles,
+)
 from concept_ablation.core.instruments import Instruments, load_instruments, read_picture
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.misspellings import edit_distance
@@ -129,7 +137,7 @@ def test_instruments_measure_what_is_known_of_the_pictures():
     concept = Concept("the red one", "a picture", "memorized")
     red, blue = (np.full((8, 8, 3), colour, dtype=np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     settings = EvaluationSettings(prompts=1, seeds=4)
-    job = Job("the red one", "target", concept, ("the red one",))
+    job = EvaluationJob("the red one", "target", concept, ("the red one",))
     first, second = np.stack([[red] * 4]), np.stack([[red, blue, red, blue]])
     mean = Mean()
     instruments = Instruments(mean, mean.embed, {"the red one": red})

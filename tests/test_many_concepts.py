@@ -19,7 +19,7 @@ from concept_ablation.core.files import write_json
 from concept_ablation.core.presets import guided, recipe
 from concept_ablation.core.prompts import BUILT_IN
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 
 ROOT = Path(__file__).resolve().parents[1]
 HINTS = json.loads((ROOT / "assets" / "emoji_diffusion" / "ablation_hints.json").read_text("utf-8"))
@@ -28,7 +28,7 @@ CATEGORIES = {
     **{f"{kind} cat": "cat" for kind in ("grumpy", "weary", "happy", "old", "wild")},
     **dict.fromkeys(("owl", "duck", "rooster", "penguin", "dove"), "bird"),
 }
-CAT = Task("cat", Concept("grumpy cat", "cat"), ("dog",))
+CAT = ListedTask("cat", Concept("grumpy cat", "cat"), ("dog",))
 
 
 class CoinJudge:

@@ -11,7 +11,7 @@ from concept_ablation.core import dataset, harvest
 from concept_ablation.core.bench import plan
 from concept_ablation.core.bench.experiments import Selection, plan_jobs
 from concept_ablation.core.bench.pace import dataset_rows, training_rows
-from concept_ablation.core.bench.plan import Edit, Instruments, Method, Protocol, edit_key, recipe_of
+from concept_ablation.core.bench.plan import Edit, Fingerprints, Method, Protocol, edit_key, recipe_of
 from concept_ablation.core.closed_form import ClosedFormSettings, solution
 from concept_ablation.core.concept import Concept
 from concept_ablation.core.dataset import DatasetSettings
@@ -21,7 +21,7 @@ from concept_ablation.core.harvest_training import train_harvested
 from concept_ablation.core.losses import guided_away
 from concept_ablation.core.presets import PRESETS, Recipe, guided, recipe
 from concept_ablation.core.samplers import SampleSettings
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 from concept_ablation.core.trainer import FROZEN_TEACHER, OBJECTIVES, TrainSettings, train
 
 CAT = Concept("grumpy cat", "cat")
@@ -120,8 +120,8 @@ def test_rows_through_the_network_count_it(tiny):
 
 def test_results_of_before_it_came_are_results_still(tiny, monkeypatch):
     """Their keys were made of recipes without the field, and without another one that came later."""
-    edit = Edit((Task("cat", CAT, ("dog",)),), Method(negative_guidance=0.0))
-    made, tools = recipe_of(edit, tiny, Protocol()), Instruments("model", ("judge",))
+    edit = Edit((ListedTask("cat", CAT, ("dog",)),), Method(negative_guidance=0.0))
+    made, tools = recipe_of(edit, tiny, Protocol()), Fingerprints("model", ("judge",))
 
     def key(eta: float) -> str:
         return edit_key(edit, guided(made, eta), tools, Protocol())
@@ -142,6 +142,6 @@ def test_results_of_before_it_came_are_results_still(tiny, monkeypatch):
 
 
 def test_objectives_are_compared_without_it(tiny):
-    task = Task("cat", CAT, ("dog",))
+    task = ListedTask("cat", CAT, ("dog",))
     jobs = plan_jobs(["objectives"], Selection((task,), (Method(),)))["objectives"]
     assert {recipe_of(job.edit, tiny, Protocol()).training.negative_guidance for job in jobs} == {0.0}

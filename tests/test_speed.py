@@ -19,7 +19,7 @@ from concept_ablation.core.harvest import HarvestSettings, harvest
 from concept_ablation.core.phases import Phase
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.statistics import Estimate, share_interval
-from concept_ablation.core.tasks import Task, load_tasks
+from concept_ablation.core.tasks import ListedTask, load_tasks
 from concept_ablation.core.trainer import TrainSettings
 
 pytest.importorskip("tomllib")
@@ -27,7 +27,7 @@ pytest.importorskip("tomllib")
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 CATEGORIES = json.loads((ROOT / "assets" / "emoji_diffusion" / "ablation_hints.json").read_text("utf-8"))["categories"]
-CAT = Task("cat", Concept("grumpy cat", "cat"), ("dog", "owl"))
+CAT = ListedTask("cat", Concept("grumpy cat", "cat"), ("dog", "owl"))
 
 
 @dataclass

@@ -21,16 +21,16 @@ from concept_ablation.core.errors import AblationError
 from concept_ablation.core.files import write_json
 from concept_ablation.core.samplers import SampleSettings
 from concept_ablation.core.sweep import Outcome, Resources, is_finished, run_in_order, run_on_ray
-from concept_ablation.core.tasks import Task
+from concept_ablation.core.tasks import ListedTask
 
 NEIGHBOURS = ("owl", "duck", "dove", "eagle")
 
 
-def listed(*names: str) -> list[Task]:
-    return [Task(name, Concept(name.replace("-", " "), "bird"), NEIGHBOURS) for name in names]
+def listed(*names: str) -> list[ListedTask]:
+    return [ListedTask(name, Concept(name.replace("-", " "), "bird"), NEIGHBOURS) for name in names]
 
 
-def requests_of(tasks: list[Task], steps: int = 1) -> dict[str, object]:
+def requests_of(tasks: list[ListedTask], steps: int = 1) -> dict[str, object]:
     return {task.name: {"task": task.name, "steps": steps} for task in tasks}
 
 

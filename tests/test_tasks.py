@@ -10,7 +10,7 @@ import pytest
 from concept_ablation.core.concept import Concept, pairs
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.prompts import BUILT_IN
-from concept_ablation.core.tasks import Task, TaskList, load_tasks
+from concept_ablation.core.tasks import ListedTask, TaskList, load_tasks
 
 pytest.importorskip("tomllib")
 
@@ -51,7 +51,7 @@ surrounding = ["bus", "ship", "owl", "duck", "car"]
 """
 
 
-def of_kind(tasks: TaskList, kind: str) -> list[Task]:
+def of_kind(tasks: TaskList, kind: str) -> list[ListedTask]:
     return [task for task in tasks.tasks if task.concept.kind == kind]
 
 
@@ -189,8 +189,8 @@ def test_everything_is_read(tmp_path: Path) -> None:
     )
     assert tasks == TaskList(
         (
-            Task("rooster", Concept("rooster", "bird"), ("turkey", "chicken", "owl", "duck")),
-            Task("night-bus", memorized, ("bus", "ship", "owl", "duck", "car"), "night bus 1.png"),
+            ListedTask("rooster", Concept("rooster", "bird"), ("turkey", "chicken", "owl", "duck")),
+            ListedTask("night-bus", memorized, ("bus", "ship", "owl", "duck", "car"), "night bus 1.png"),
         ),
         "some/folder",
     )

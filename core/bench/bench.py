@@ -19,9 +19,9 @@ from ..instruments import read_picture
 from ..metrics import Judge
 from ..presets import Recipe
 from ..progress import Progress, ProgressCallback
-from ..tasks import Task
+from ..tasks import ListedTask
 from .pace import Pace
-from .plan import Edit, Instruments, Job, Protocol, digest, job_key, recipe_of
+from .plan import BenchJob, Edit, Fingerprints, Protocol, digest, job_key, recipe_of
 from .store import Store
 
 
@@ -41,7 +41,7 @@ class Bench:
     """Category by concept, as the model's hints have it."""
     store: Store
     protocol: Protocol
-    tools: Instruments
+    tools: Fingerprints
     pace: Pace = field(default_factory=Pace)
     batch: int = 16
     """Pictures drawn at once."""
@@ -62,11 +62,11 @@ class Bench:
         """The recipe of an edit of this benchmark."""
         return recipe_of(edit, self.denoiser, self.protocol)
 
-    def key(self, job: Job) -> str:
+    def key(self, job: BenchJob) -> str:
         """The key of a job's result."""
         return job_key(job, self.recipe(job.edit) if job.edit else None, self.tools, self.protocol)
 
-    def original(self, task: Task) -> np.ndarray | None:
+    def original(self, task: ListedTask) -> np.ndarray | None:
         """The memorized image of a task, if its copies can be found."""
         return self.originals.get(task.picture) if task.picture and self.detector else None
 
@@ -74,7 +74,7 @@ class Bench:
 def open_bench(
     denoiser: Denoiser,
     judges: Sequence[Judge],
-    tasks: Sequence[Task],
+    tasks: Sequence[ListedTask],
     folder: Path,
     protocol: Protocol,
     *,
@@ -92,7 +92,7 @@ def open_bench(
         raise AblationError("Both judges have the same name: give the validation judge's folder another name.")
     originals, digests = read_pictures(tasks, pictures)
     words = word_groups(tasks)
-    tools = Instruments(
+    tools = Fingerprints(
         model=denoiser.fingerprint(),
         judges=tuple(f"{judge.name} {_fingerprint(judge)}" for judge in judges),
         detector=detector.name if detector else None,
@@ -118,7 +118,7 @@ def _check_setup(store: Store, model: str, setup: Mapping[str, Any]) -> None:
             )
 
 
-def read_pictures(tasks: Sequence[Task], folder: Path | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_pictures(tasks: Sequence[ListedTask], folder: Path | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The memorized images of tasks that are in `folder`, uint8 [height, width, 3], and their SHA-256; by file name.
 
     Raises:
@@ -134,7 +134,7 @@ def read_pictures(tasks: Sequence[Task], folder: Path | None) -> tuple[dict[str,
     return images, digests
 
 
-def word_groups(tasks: Sequence[Task]) -> dict[str, tuple[str, ...]]:
+def word_groups(tasks: Sequence[ListedTask]) -> dict[str, tuple[str, ...]]:
     """Words that prompts may have and pictures should obey: colours, and all styles that the tasks name."""
     styles = [task for task in tasks if task.concept.kind == "style"]
     names = sorted({name for task in styles for name in (task.concept.target, *task.surrounding)})

@@ -24,7 +24,7 @@ from ..files import write_json
 from ..paraphrases import choose, keep_unlike, rank
 from ..presets import Recipe
 from ..samplers import draw_images
-from ..tasks import Task
+from ..tasks import ListedTask
 from .bench import Bench
 from .pace import sampling_rows, training_rows
 from .plan import IMAGE_PRESETS, RANKED_CAPTIONS, RANKED_IMAGES, Edit, digest, edit_key
@@ -85,7 +85,7 @@ def make(bench: Bench, edit: Edit) -> Made:
         return Made(folder, info)
 
 
-def dataset_folder(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> Path:
+def dataset_folder(bench: Bench, made: Recipe, tasks: Sequence[ListedTask]) -> Path:
     """Where what an edit is trained on is kept: one folder for all methods that train on the same images or rows.
 
     `tasks` are those of the edit, with the captions that were chosen for them.
@@ -120,7 +120,7 @@ def _make(bench: Bench, edit: Edit, folder: Path) -> dict[str, Any]:
     return {**info, **found, "seconds": {**info["seconds"], **found["seconds"]}}
 
 
-def _ablated(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> tuple[Delta, dict[str, Any]]:
+def _ablated(bench: Bench, made: Recipe, tasks: Sequence[ListedTask]) -> tuple[Delta, dict[str, Any]]:
     """An edit by a preset that harvests rows or trains nothing, and what is to be known of it."""
     bench.pace.require(training_rows(made))
     ablation = ablate(
@@ -134,7 +134,7 @@ def _ablated(bench: Bench, made: Recipe, tasks: Sequence[Task]) -> tuple[Delta, 
 
 
 def _trained(
-    bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[Task], folder: Path
+    bench: Bench, edit: Edit, made: Recipe, tasks: Sequence[ListedTask], folder: Path
 ) -> tuple[Delta, dict[str, Any]]:
     """The same by a preset that trains on images: without those that are copies, and with checkpoints."""
     if made.dataset is None or made.training is None:
@@ -168,7 +168,7 @@ def _trained(
     return delta, {"seconds": seconds, "losses": _rounded(result.losses), "dropped": dropped}
 
 
-def without_copies(bench: Bench, tasks: Sequence[Task], data: AblationDataset) -> tuple[AblationDataset, int]:
+def without_copies(bench: Bench, tasks: Sequence[ListedTask], data: AblationDataset) -> tuple[AblationDataset, int]:
     """The dataset without anchor images that are copies of a memorized image of `tasks` (section 3.3), and how many
     they were. Rows that preserve stay.
 
@@ -196,12 +196,12 @@ def without_copies(bench: Bench, tasks: Sequence[Task], data: AblationDataset) -
     return replace(data, latents=latents, plan=replace(data.plan, rows=rows)), int((~kept).sum())
 
 
-def ranking_rows(bench: Bench, task: Task) -> int:
+def ranking_rows(bench: Bench, task: ListedTask) -> int:
     """Rows of choosing the captions of a memorized image."""
     return sampling_rows(len(_rankable(task)) * RANKED_IMAGES, bench.protocol.sample)
 
 
-def _ranked(bench: Bench, task: Task) -> Concept:
+def _ranked(bench: Bench, task: ListedTask) -> Concept:
     """The concept with the captions that the paper's pipeline chooses; kept in the folder."""
     original = bench.original(task)
     if original is None or bench.detector is None:
@@ -224,7 +224,7 @@ def _ranked(bench: Bench, task: Task) -> Concept:
     return concept
 
 
-def _rankable(task: Task) -> tuple[str, ...]:
+def _rankable(task: ListedTask) -> tuple[str, ...]:
     return captions(task)[0][:RANKED_CAPTIONS]
 
 

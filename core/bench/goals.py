@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..statistics import Estimate
-from ..tasks import Task
+from ..tasks import ListedTask
 from .claims import Claim, Rule, Verdict, checked, with_floor
 from .figures import ACCURACY, CAPTION, COPIES, SURROUNDING, TARGET, Measured, Pool, as_json, kept, pool, share
 
@@ -23,7 +23,7 @@ _ALL = ("instance", "style", "memorized")
 def all_goals(
     measured: Sequence[Measured],
     judges: Sequence[str],
-    tasks: Sequence[Task],
+    tasks: Sequence[ListedTask],
     default: Mapping[str, str],
     claims: Sequence[Claim] = (),
 ) -> list[Claim]:
@@ -60,7 +60,7 @@ def agreement(conclusions: Sequence[Claim], judges: Sequence[str]) -> Claim:
     return Claim(id_, text, verdict, reason, None, numbers, 0, judges[1])
 
 
-def _target(tasks: Sequence[Task]) -> Rule:
+def _target(tasks: Sequence[ListedTask]) -> Rule:
     text = f"Target CLIP accuracy is at most {TARGET_GOAL:.2f}, mean over instances and styles."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
@@ -78,7 +78,7 @@ def _target(tasks: Sequence[Task]) -> Rule:
     return rule
 
 
-def _misspelled(tasks: Sequence[Task]) -> Rule:
+def _misspelled(tasks: Sequence[ListedTask]) -> Rule:
     text = f"CLIP accuracy of misspelled targets is at most {MISSPELLED_GOAL:.2f}, mean over instances and styles."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
@@ -88,7 +88,7 @@ def _misspelled(tasks: Sequence[Task]) -> Rule:
     return rule
 
 
-def _copies(tasks: Sequence[Task]) -> Rule:
+def _copies(tasks: Sequence[ListedTask]) -> Rule:
     text = "The copy rate of every memorized picture is 0, also of its misspelled and paraphrased caption."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
@@ -109,7 +109,7 @@ def _copies(tasks: Sequence[Task]) -> Rule:
     return rule
 
 
-def _kept(tasks: Sequence[Task]) -> Rule:
+def _kept(tasks: Sequence[ListedTask]) -> Rule:
     text = f"The accuracy of surrounding concepts is at least {KEPT_GOAL:.2f} of the pretrained model's."
 
     def rule(measured: Sequence[Measured], judge: str | None) -> Claim:
@@ -150,5 +150,5 @@ def _of_kinds(measured: Sequence[Measured], kinds: Sequence[str]) -> list[Measur
     return [one for one in measured if one.kind in kinds]
 
 
-def _named(tasks: Sequence[Task], kinds: Sequence[str]) -> set[str]:
+def _named(tasks: Sequence[ListedTask], kinds: Sequence[str]) -> set[str]:
     return {task.name for task in tasks if task.concept.kind in kinds}

@@ -26,18 +26,18 @@ from ..merged import merged
 from ..metrics import Judge
 from ..samplers import draw_images
 from ..statistics import share_interval
-from ..tasks import Task
+from ..tasks import ListedTask
 from .bench import Bench
 from .edits import dataset_folder, edit_folder, is_made, make, ranking_rows
 from .measures import observe, observe_copies, observe_position
 from .pace import attack_rows, dataset_rows, sampling_rows, scan_rows, training_rows
-from .plan import Job, Unit, digest
+from .plan import BenchJob, Unit, digest
 from .sheets import sample, write_sheet
 from .store import has_pictures
 from .units import pictures, unit_key, units
 
 
-def run_job(bench: Bench, job: Job, key: str) -> dict[str, Any]:
+def run_job(bench: Bench, job: BenchJob, key: str) -> dict[str, Any]:
     """The result of a job, ready for JSON. Bad input of this one job is a result as well: {"failed": why}.
 
     Raises:
@@ -53,7 +53,7 @@ def run_job(bench: Bench, job: Job, key: str) -> dict[str, Any]:
         return {"failed": str(error)}
 
 
-def expected_rows(bench: Bench, job: Job, key: str, counted: set[str]) -> int:
+def expected_rows(bench: Bench, job: BenchJob, key: str, counted: set[str]) -> int:
     """Rows that a job still needs; what earlier calls with the same `counted` have included costs nothing again."""
 
     def once(name: str, rows: int, present: bool) -> int:
@@ -82,7 +82,7 @@ def expected_rows(bench: Bench, job: Job, key: str, counted: set[str]) -> int:
     return total + attack_rows(bench.protocol.attack_settings)
 
 
-def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) -> int:
+def _edit_rows(bench: Bench, job: BenchJob, once: Callable[[str, int, bool], int]) -> int:
     edit = job.edit
     if edit is None:
         return 0
@@ -102,7 +102,7 @@ def _edit_rows(bench: Bench, job: Job, once: Callable[[str, int, bool], int]) ->
     return total
 
 
-def _evaluate(bench: Bench, job: Job, key: str) -> dict[str, Any]:
+def _evaluate(bench: Bench, job: BenchJob, key: str) -> dict[str, Any]:
     if job.edit is None:
         raise ValueError("an evaluation needs an edit")
     made = make(bench, job.edit)
@@ -144,7 +144,7 @@ def _draw(bench: Bench, unit: Unit, folder: Path, delta: Delta | None, phase: st
         return pictures(bench.denoiser, unit, folder, bench.protocol, bench.batch, phase, bench.progress)
 
 
-def _scan(bench: Bench, job: Job, key: str) -> dict[str, Any]:
+def _scan(bench: Bench, job: BenchJob, key: str) -> dict[str, Any]:
     """A leak scan by the main judge; with a validation judge, that one's opinion of every finding as well."""
     delta = _finished(bench, job)
     settings, concept = bench.protocol.scan_settings, job.task.concept
@@ -192,7 +192,7 @@ def _only_pictures_of_the_worst(report: LeakReport, count: int) -> list[Finding]
     ]
 
 
-def _attack(bench: Bench, job: Job) -> dict[str, Any]:
+def _attack(bench: Bench, job: BenchJob) -> dict[str, Any]:
     """An attack; the first judge says which pictures succeed, and the validation judge counts the same pictures."""
     delta = _finished(bench, job) if job.edit else None
     settings, concept = replace(bench.protocol.attack_settings, draw_batch=bench.batch), job.task.concept
@@ -228,7 +228,7 @@ def _target_images(bench: Bench, concept: Concept) -> TargetImages:
     return drawn
 
 
-def _finished(bench: Bench, job: Job) -> Delta:
+def _finished(bench: Bench, job: BenchJob) -> Delta:
     if job.edit is None:
         raise ValueError("this job needs an edit")
     made = make(bench, job.edit)
@@ -238,7 +238,7 @@ def _finished(bench: Bench, job: Job) -> Delta:
     return delta
 
 
-def _recognisers(bench: Bench, task: Task) -> list[Recogniser]:
+def _recognisers(bench: Bench, task: ListedTask) -> list[Recogniser]:
     """One for each judge, calibrated on the evaluation's pictures of the target before the edit; for a memorized image
     the copy detector alone.
     """
@@ -256,7 +256,7 @@ def _recognisers(bench: Bench, task: Task) -> list[Recogniser]:
     return [recogniser(judge) for judge in bench.judges]
 
 
-def _target_unit(bench: Bench, task: Task) -> Unit:
+def _target_unit(bench: Bench, task: ListedTask) -> Unit:
     return units(task, bench.denoiser.prompt_source, bench.protocol, robustness=False)[0][0]
 
 

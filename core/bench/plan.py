@@ -19,7 +19,7 @@ from ..errors import AblationError
 from ..leaks import ScanSettings
 from ..presets import TRAINED, Recipe, recipe
 from ..samplers import SampleSettings
-from ..tasks import Task
+from ..tasks import ListedTask
 
 FORMAT = 1
 """Raised when the code changes what the same settings give, so that stored results of older code are not taken."""
@@ -138,17 +138,17 @@ def parse_method(text: str) -> Method:
 class Edit:
     """One delta: what it ablates, how it is made, and its seed."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[ListedTask, ...]
     method: Method
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One measurement."""
 
     kind: JobKind
-    task: Task
+    task: ListedTask
     """What is measured. Its concept and surrounding concepts are those of the edit's task of that name."""
     edit: Edit | None
     """None for an attack on the pretrained model."""
@@ -174,7 +174,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Instruments:
+class Fingerprints:
     """What identifies the tools of a measurement, for keys."""
 
     model: str
@@ -234,7 +234,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_KEY_LENGTH]
 
 
-def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -> str:
+def edit_key(edit: Edit, made: Recipe, tools: Fingerprints, protocol: Protocol) -> str:
     """Key of an edit's delta: of everything that its making depends on. How a method was named is not part of it:
     `balanced` and `balanced:cross-attn` are the same edit where that is the preset's subset.
     """
@@ -255,7 +255,7 @@ def edit_key(edit: Edit, made: Recipe, tools: Instruments, protocol: Protocol) -
     )
 
 
-def job_key(job: Job, made: Recipe | None, tools: Instruments, protocol: Protocol) -> str:
+def job_key(job: BenchJob, made: Recipe | None, tools: Fingerprints, protocol: Protocol) -> str:
     """Key of a job's result."""
     drawn = [protocol.prompts, protocol.images, asdict(protocol.sample), protocol.first_seed]
     styles = dict(tools.words).get("style") if job.task.concept.kind == "instance" else None
@@ -282,7 +282,7 @@ def job_key(job: Job, made: Recipe | None, tools: Instruments, protocol: Protoco
     )
 
 
-def describe(job: Job, made: Recipe | None) -> dict[str, Any]:
+def describe(job: BenchJob, made: Recipe | None) -> dict[str, Any]:
     """What a result says about its job."""
     method = job.edit.method if job.edit else None
     return {
@@ -310,7 +310,7 @@ def _without_neutral(made: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _task(task: Task, tools: Instruments) -> dict[str, object]:
+def _task(task: ListedTask, tools: Fingerprints) -> dict[str, object]:
     """A task as far as it matters: not what it is called, but which picture it means."""
     return {
         "concept": asdict(task.concept),

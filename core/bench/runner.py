@@ -18,7 +18,7 @@ from .bench import Bench
 from .edits import reserved
 from .jobs import expected_rows, run_job
 from .pace import probe, weighted
-from .plan import FORMAT, Job, describe
+from .plan import FORMAT, BenchJob, describe
 from .units import units
 
 
@@ -27,7 +27,7 @@ class Planned:
     """A job and its key."""
 
     key: str
-    job: Job
+    job: BenchJob
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Left:
     """Of jobs that are not done; what an earlier experiment needs as well counts there."""
 
 
-def plan_keys(bench: Bench, experiments: Mapping[str, Sequence[Job]]) -> dict[str, list[Planned]]:
+def plan_keys(bench: Bench, experiments: Mapping[str, Sequence[BenchJob]]) -> dict[str, list[Planned]]:
     """The jobs of each experiment with their keys. Costs nothing, so that bad input is found before any work.
 
     Raises:

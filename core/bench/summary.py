@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any
 
 from ..statistics import share_interval
-from ..tasks import Task
+from ..tasks import ListedTask
 from .bench import Bench
 from .claims import all_claims
 from .figures import (
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 _ROBUSTNESS = ("misspelled", "paraphrase")
 
 
-def collect(bench: Bench, plan: Mapping[str, Sequence[Planned]], tasks: Sequence[Task]) -> list[Measured]:
+def collect(bench: Bench, plan: Mapping[str, Sequence[Planned]], tasks: Sequence[ListedTask]) -> list[Measured]:
     """The results that are there, once for each experiment that asked for them."""
     own = {task.name: task.concept.anchor for task in tasks}
     found = []
@@ -74,7 +74,7 @@ def collect(bench: Bench, plan: Mapping[str, Sequence[Planned]], tasks: Sequence
 def results(
     bench: Bench,
     plan: Mapping[str, Sequence[Planned]],
-    tasks: Sequence[Task],
+    tasks: Sequence[ListedTask],
     default: Mapping[str, str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:

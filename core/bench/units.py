@@ -16,14 +16,14 @@ from ..paraphrases import paraphrase
 from ..progress import ProgressCallback, Reporter
 from ..prompts import PromptSource, distinct, normalise
 from ..samplers import draw_images
-from ..tasks import Task
+from ..tasks import ListedTask
 from .plan import Protocol, Role, Unit, digest
 from .store import load_pictures, save_pictures
 
 _PARAPHRASES = 40
 
 
-def units(task: Task, source: PromptSource, protocol: Protocol, robustness: bool) -> tuple[list[Unit], list[str]]:
+def units(task: ListedTask, source: PromptSource, protocol: Protocol, robustness: bool) -> tuple[list[Unit], list[str]]:
     """Everything that an evaluation of a task draws, and one sentence for whatever cannot be drawn.
 
     A memorized image has few captions: each gets so many seeds that there are as many pictures as of another name.
@@ -49,7 +49,7 @@ def units(task: Task, source: PromptSource, protocol: Protocol, robustness: bool
     return found, missing
 
 
-def captions(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def captions(task: ListedTask) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paraphrases of a memorized image's caption: those that training may choose from, and those that only measure.
 
     None of the latter is a prompt of the task or of the former.
@@ -60,7 +60,7 @@ def captions(task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return distinct((*concept.anchor_prompts, *made[::2])), tuple(made[1::2])
 
 
-def pairs_of(task: Task) -> list[tuple[str, str]]:
+def pairs_of(task: ListedTask) -> list[tuple[str, str]]:
     """The prompt pairs of a memorized image."""
     # these come from the task alone, for which any source will do
     empty = PromptSource((), (), (), (), (), ())
@@ -109,7 +109,7 @@ def _unit(name: str, role: Role, prompts: tuple[str, ...], protocol: Protocol) -
     return Unit(name, role, prompts, tuple(range(protocol.first_seed, protocol.first_seed + seeds)))
 
 
-def _misspelled(task: Task, source: PromptSource, protocol: Protocol) -> tuple[str, ...]:
+def _misspelled(task: ListedTask, source: PromptSource, protocol: Protocol) -> tuple[str, ...]:
     """Misspelled prompts at distance 1 and 2 in turn, each with a typo of its own."""
     one, two = (misspelled_prompts(task.concept, source, protocol.prompts, distance) for distance in (1, 2))
     return tuple((one, two)[place % 2][place] for place in range(min(len(one), len(two))))
