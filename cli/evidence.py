@@ -87,10 +87,10 @@ def concept_of(
         AblationError: the file says nothing or several things, or what `Concept` refuses.
     """
     from ..core.concept import Concept
+    from ..core.delta_header import named_rows
     from ..core.prompts import normalise, read_prompt_file
 
-    listed = [edit.metadata.get(f"concept_ablation.{name}", "").split("; ") for name in ("target", "anchor", "kind")]
-    known = [row for row in zip(*listed, strict=False) if all(row)]
+    known = named_rows(edit.metadata)
     if target is None and len(known) != 1:
         said = f" ({', '.join(row[0] for row in known)})" if known else ""
         raise AblationError(f"The delta's file names {len(known)} targets{said}: name one with --target.")

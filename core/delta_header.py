@@ -76,13 +76,21 @@ def metrics_header(found: Evaluation) -> dict[str, str]:
     return {METRICS: json.dumps({"judge": found.judge, "concepts": rows}, ensure_ascii=False)}
 
 
+def named_rows(header: Mapping[str, str]) -> tuple[tuple[str, str, str], ...]:
+    """Target, anchor and kind of each concept that a delta's file names; none where captions that hold a semicolon keep
+    them from being told apart.
+    """
+    parts = [header.get(f"concept_ablation.{field}", "").split("; ") for field in ("target", "anchor", "kind")]
+    rows = tuple(zip(*parts, strict=False))
+    return rows if len({len(part) for part in parts}) == 1 and all(map(all, rows)) else ()
+
+
 def named_concepts(header: Mapping[str, str]) -> tuple[Concept, ...]:
     """The concepts that a delta's file says it ablates, without the prompts of memorized images.
 
     Raises:
         AblationError: it names none, or captions that hold a semicolon keep them from being told apart.
     """
-    parts = [header.get(f"concept_ablation.{field}", "").split("; ") for field in ("target", "anchor", "kind")]
-    if not parts[0][0] or len({len(part) for part in parts}) > 1:
+    if not (rows := named_rows(header)):
         raise AblationError("The delta's file does not say what it ablates: name its targets and anchors.")
-    return tuple(Concept(target, anchor, kind) for target, anchor, kind in zip(*parts, strict=True))
+    return tuple(Concept(*row) for row in rows)

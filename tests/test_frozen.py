@@ -9,7 +9,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from concept_ablation.core.frozen import keep_little, speed_up_norms
+from concept_ablation.core.hosts.frozen import keep_little, speed_up_norms
 
 
 def make(name: str) -> nn.Module:

@@ -17,6 +17,7 @@ import concept_ablation
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"tests", "tools", "benchmarks", "build", "dist", "outputs"}
 INSIDE = {"core", "nodes", "web", "scripts", "cli", "install", "concept_ablation"}
+HOSTS = {"diffusers", "transformers", "comfy", "modules", "backend"}
 ENTRY_POINTS = {"install.py"}  # run on its own, before there is a package
 
 
@@ -82,6 +83,7 @@ def test_imports_go_one_way(path):
         assert {target[0] for target in targets} <= {"core"}, "core knows nothing above it"
     if path.parts[0] == "core" and path.parts[1] != "hosts":
         assert not [target for target in targets if target[:2] == ("core", "hosts")], "core knows no host program"
+        assert not absolute_targets(tree) & HOSTS, "core knows no host program"
     if path.parts[0] in ("nodes", "web", "scripts"):
         assert "cli" not in {target[0] for target in targets}, "one face does not need another"
     absolute = absolute_targets(tree) & INSIDE

@@ -26,11 +26,11 @@ from transformers import CLIPTokenizerFast as CLIPTokenizer  # transformers 4 ha
 from ..delta import EDITABLE
 from ..denoiser import Conditioning, Denoiser, LatentCodec
 from ..errors import AblationError
-from ..frozen import keep_little, speed_up_norms
 from ..precision import cpu_has_bf16, gradient_scale
 from ..prompts import BUILT_IN, PromptSource, distinct, load_prompt_source
 from ..token_rows import read_packed
 from ..vocabulary import COMMON, Vocabulary
+from .frozen import keep_little, speed_up_norms
 from .single_file import fit_text_names, read_single_file
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "assets" / "emoji_diffusion"

@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from concept_ablation.core.frozen import speed_up_norms
 from concept_ablation.core.hosts.diffusers import EMBEDDED_MODEL, SD1_SCHEDULE
+from concept_ablation.core.hosts.frozen import speed_up_norms
 
 SCHEDULE = {**SD1_SCHEDULE, "prediction_type": "epsilon"}
 _MIN_SNR = 5.0
