@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from concept_ablation.core import delta_file
+from concept_ablation.core.delta import merge
 from concept_ablation.core.errors import AblationError
 from concept_ablation.core.parallel import ALONE, Processes, current
+from concept_ablation.tests.conftest import unavailable
 
 SCRIPT = Path(__file__).with_name("run_on_processes.py")
 
@@ -108,6 +112,34 @@ def test_a_process_that_is_killed_ends_the_other(found):
 def test_no_process_waits_for_one_that_is_gone(found):
     """Far from the 30 minutes after which a silent process is given up."""
     assert all(seconds < 300 for process in found for _, _, seconds in process["failures"].values())
+
+
+def test_accelerate_launches_one_ablation_on_two_processes(tmp_path):
+    """The README's command, on a machine without GPUs."""
+    if importlib.util.find_spec("accelerate") is None:
+        unavailable("there is no accelerate: pip install accelerate")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m"]
+    command = ["concept_ablation.cli", "ablate", "--target", "rooster", "--anchor", "bird", "--preset", "paper"]
+    small = ["--images", "2", "--steps", "3", "--batch", "4", "--eval-prompts", "1", "--eval-seeds", "1"]
+    said, made = {}, {}
+    for name, start in (("one", []), ("two", launcher)):
+        ran = subprocess.run(
+            [sys.executable, "-m", *start, *command, *small, "--precision", "fp32", "--output", str(tmp_path / name)],
+            cwd=tmp_path,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=600,
+        )
+        assert ran.returncode == 0, ran.stderr
+        said[name], made[name] = ran.stdout, delta_file.load(tmp_path / name / "delta.safetensors")
+    apart = merge([(made["one"], 1.0), (made["two"], -1.0)]).norm()
+    assert made["one"].norm() > 1e-2 and apart < 1e-2 * made["one"].norm()
+    assert said["two"].count("report.html") == 1, "the first process alone prints"
+    assert list_of(tmp_path / "one") == list_of(tmp_path / "two")
+
+
+def list_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def test_one_process_has_everything():
