@@ -187,14 +187,13 @@ def _attack(results: Results) -> Figure | None:
         return None
     figure = Figure(figsize=(_WIDTH * 1.3, _HEIGHT))
     axes = figure.subplots()
-    methods = tuple(dict.fromkeys(row["method"] for row in rows))
-    for place, method in enumerate(methods):
+    for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         curves = [row["curves"][judge] for row in rows if row["method"] == method]
         steps = [point["steps"] for point in curves[0]]
         means = [sum(curve[index]["success"]["value"] for curve in curves) / len(curves) for index in range(len(steps))]
         # an edit that the attack goes around has the curve of the pretrained model, which must show behind it
-        width = 1.5 + 2.0 * (len(methods) - 1 - place)
-        axes.plot(steps, means, marker="o", markersize=3, linewidth=width, color=_colour(place), label=method)
+        behind = {"linewidth": 6, "alpha": 0.4} if method == "pretrained" else {}
+        axes.plot(steps, means, marker="o", markersize=3, color=_colour(place), label=method, **behind)
     axes.legend(fontsize=7)
     _style(axes, "Textual inversion of the target", "optimisation steps", "share that shows the target")
     return figure
