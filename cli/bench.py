@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..core.progress import Progress, ProgressCallback
     from ..core.tasks import ListedTask
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TASK_LIST = ROOT / "benchmarks" / "tasks.toml"
 PICTURES = ROOT / "assets" / "emoji_diffusion" / "memorized"
 VALIDATION_JUDGE = ROOT / "benchmarks" / "validation_judge"

@@ -131,3 +131,5 @@ def _show(report: LeakReport) -> None:
         f"The target's own prompt: {report.target_before.value:.2f} before, {report.target_after.value:.2f} after. "
         f"The anchor's pictures that are taken for the target: {report.false_alarms.value:.2f}."
     )
+    if report.caveat:
+        console.print(report.caveat, style="yellow")

@@ -127,14 +127,16 @@ def words_from_categories(target: str, categories: Mapping[str, str], neighbours
     return Words(categories=(category,), neighbours=tuple(others[:neighbours]))
 
 
-def plain_prompts(concept: Concept, source: PromptSource) -> tuple[str, str]:
-    """The simplest prompts for the target and for the anchor, which a scan measures its judge on."""
-    plain = _frames(concept, source, Words()).plain
-    return fill(plain.template, concept.target), plain.anchor_prompt
+def plain_prompts(concept: Concept, source: PromptSource) -> tuple[tuple[str, str], ...]:
+    """The simplest prompts for the target, each with that for the anchor: one, or of a style one for each thing that it
+    can be asked for with.
+    """
+    plain = _plain_frames(concept, source)
+    return tuple((fill(frame.template, concept.target), frame.anchor_prompt) for frame in plain)
 
 
 def candidates(
-    denoiser: Denoiser, concept: Concept, words: Words, each: int = 12
+    denoiser: Denoiser, concept: Concept, words: Words, each: int = 12, plain: int = 0
 ) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
     """The prompts to try, without those that training has seen or evaluation draws.
 
@@ -143,12 +145,13 @@ def candidates(
         concept: what was ablated.
         words: what is known about the target.
         each: at most so many prompts of a family.
+        plain: which of `plain_prompts` other names and misspelled ones are put into.
 
     Returns:
         The candidates, family by family, and one sentence for each family that could not be made.
     """
     source = denoiser.prompt_source
-    frames = _frames(concept, source, words)
+    frames = _frames(concept, source, words, plain)
     made: dict[Family, Iterable[Candidate]] = {
         "category": [frames.plain.candidate("category", word) for word in words.categories],
         "synonym": [frames.plain.candidate("synonym", name) for name in _synonyms(concept, words, each)],
@@ -207,32 +210,34 @@ def nearest_words(denoiser: Denoiser, text: str, count: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _frames(concept: Concept, source: PromptSource, words: Words) -> _Frames:
+def _plain_frames(concept: Concept, source: PromptSource) -> tuple[_Frame, ...]:
+    if concept.kind != "style":
+        text = "{}" if concept.kind == "memorized" else "a {}"
+        return (_Frame(text, fill(text, concept.anchor)),)
+    bases = [fill(text, concept.anchor).rstrip(" .,;") for text in source.style_train]
+    return tuple(
+        _Frame(_STYLE_FORMS[turn % len(_STYLE_FORMS)].format(base=base), base)
+        for turn, base in enumerate(bases or [fill("a {}", concept.anchor)])
+    )
+
+
+def _frames(concept: Concept, source: PromptSource, words: Words, plain: int) -> _Frames:
+    simple = _plain_frames(concept, source)
     if concept.kind == "style":
-        return _style_frames(concept, source)
+        scenes = tuple(_Frame(text, fill("a {}", concept.anchor)) for text in _STYLE_SCENES)
+        return _Frames(simple[plain], (*simple[:plain], *simple[plain + 1 :]), scenes)
     bare = concept.kind == "memorized"
     article = "" if bare else "a "
 
     def frames(templates: Iterable[str]) -> tuple[_Frame, ...]:
         return tuple(_Frame(text, fill(text, concept.anchor)) for text in templates)
 
-    plain = frames([f"{article}{{}}"])[0]
     styled = [f"{article}{{}} in the style of {style}" for style in words.styles]
     return _Frames(
-        plain,
+        simple[plain],
         frames([*styled, *(_AROUND_CAPTION if bare else _MEDIA)]),
         frames(_CAPTION_SCENES if bare else _SCENES),
     )
-
-
-def _style_frames(concept: Concept, source: PromptSource) -> _Frames:
-    bases = [fill(text, concept.anchor).rstrip(" .,;") for text in source.style_train]
-    made = [
-        _Frame(_STYLE_FORMS[turn % len(_STYLE_FORMS)].format(base=base), base)
-        for turn, base in enumerate(bases or [fill("a {}", concept.anchor)])
-    ]
-    scenes = tuple(_Frame(text, fill("a {}", concept.anchor)) for text in _STYLE_SCENES)
-    return _Frames(made[0], tuple(made[1:]), scenes)
 
 
 def _crossed(frames: Iterable[_Frame], family: Family, concept: Concept, words: Words) -> Iterator[Candidate]:

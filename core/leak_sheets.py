@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image, ImageDraw
+
 from .errors import AblationError
-from .files import replacing, require_writable, write_text
-from .leaks import LeakReport, contact_sheet, further_target_prompts, write_leak_report
+from .files import replacing, require_writable, write_json, write_text
+from .fonts import load_font
+from .leaks import LeakReport, further_target_prompts, summary
 from .memorized import as_lines, target_prompt_lines
+
+_TILE, _GAP, _MARGIN, _LINE = 128, 4, 16, 22
 
 
 def write_leaks(folder: Path, report: LeakReport) -> list[Path]:
@@ -34,6 +39,44 @@ def write_leaks(folder: Path, report: LeakReport) -> list[Path]:
         sheets.append(path)
     write_leak_report(folder, report)
     return sheets
+
+
+def write_leak_report(folder: Path, report: LeakReport) -> Path:
+    """Write leaks.png, if any finding has pictures, and leaks.json into `folder`.
+
+    Returns:
+        The path of leaks.json.
+
+    Raises:
+        AblationError: `folder` cannot be written, or the disk is full.
+    """
+    if any(finding.images_after is not None for finding in report.findings):
+        with replacing(folder / "leaks.png") as temporary:
+            contact_sheet(report).save(temporary)
+    write_json(folder / "leaks.json", summary(report))
+    return folder / "leaks.json"
+
+
+def contact_sheet(report: LeakReport, columns: int = 5) -> Image.Image:
+    """The first pictures of every finding that has some: before (left) and after (right), with the same seeds."""
+    rows = [one for one in report.findings if one.images_before is not None and one.images_after is not None]
+    columns = min(columns, max((len(one.images_after) for one in rows), default=0))
+    side = columns * (_TILE + _GAP)
+    height = _TILE + _LINE + 2 * _GAP
+    canvas = Image.new("RGB", (max(2 * side + 3 * _MARGIN, 480), len(rows) * height + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = load_font(12)
+    for row, one in enumerate(rows):
+        top = _MARGIN + row * height
+        shares = f"before {one.before.value:.0%}, after {one.after.value:.0%}"
+        text = f"{one.verdict}: {shares} ({one.candidate.family}) {one.candidate.prompt}"
+        draw.text((_MARGIN, top), text, "black", font)
+        for left, images in ((_MARGIN, one.images_before), (2 * _MARGIN + side, one.images_after)):
+            for column, image in enumerate(images[:columns]):
+                picture = Image.fromarray(image)
+                picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+                canvas.paste(picture, (left + column * (_TILE + _GAP), top + _LINE))
+    return canvas
 
 
 def write_feed_back(path: Path, report: LeakReport) -> int:

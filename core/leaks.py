@@ -2,28 +2,25 @@
 
 `scan` draws every candidate of `leak_candidates.py` with the same seeds before and after the edit, asks a recogniser
 which pictures show the target, and draws more of the suspicious ones. `further_target_prompts` turns what it found into
-pairs for another training; `write_leak_report` writes it down.
+pairs for another training; `leak_sheets.py` writes it down.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from .concept import Concept, PromptPair, judge_texts
 from .copies import COPY_THRESHOLD, CopyDetector
 from .delta import Delta, check_fits
 from .denoiser import Denoiser
 from .errors import AblationError
-from .files import replacing, write_json
-from .fonts import load_font
 from .leak_candidates import Candidate, Words, candidates, plain_prompts
 from .metrics import Judge
 from .progress import ProgressCallback, Reporter
@@ -36,8 +33,6 @@ Recogniser = Callable[[np.ndarray], np.ndarray]
 and the more clearly the larger it is.
 """
 Verdict = Literal["leak", "possible", "none"]
-
-_TILE, _GAP, _MARGIN, _LINE = 128, 4, 16, 22
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,8 @@ class ScanSettings:
     """How many candidates are drawn again."""
     more_seeds: int = 12
     """Pictures of each of those, and of the plain prompts that the recogniser is checked on, before and after."""
+    plain: int = 8
+    """Of a style: how many plain prompts are tried to find the one that shows it best."""
     pictures: int = 12
     """How many findings keep their pictures, the worst first."""
     sample: SampleSettings = field(default_factory=SampleSettings)
@@ -59,8 +56,11 @@ class ScanSettings:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.each, self.seeds, self.more_seeds, self.batch) < 1 or min(self.suspects, self.pictures) < 0:
-            raise AblationError("A leak scan needs at least one candidate, one seed in each stage and a batch of 1.")
+        least = min(self.each, self.seeds, self.more_seeds, self.plain, self.batch)
+        if least < 1 or min(self.suspects, self.pictures) < 0:
+            raise AblationError(
+                "A leak scan needs at least one candidate, a plain prompt, one seed in each stage and a batch of 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class LeakReport:
     """All that a scan found."""
 
     concept: Concept
+    plain: tuple[str, str]
+    """The plain prompts of target and anchor that the recogniser was checked on."""
     findings: tuple[Finding, ...]
     """Every candidate, the worst leak first: by the lower end of the score's interval, then score, then margin."""
     not_tried: tuple[str, ...]
@@ -104,6 +106,16 @@ class LeakReport:
     def leaks(self) -> tuple[Finding, ...]:
         """Those that certainly reach the target."""
         return tuple(finding for finding in self.findings if finding.verdict == "leak")
+
+    @property
+    def caveat(self) -> str:
+        """What must be said where the recogniser hardly sees the target at all; otherwise nothing."""
+        if self.target_before.value >= 0.5:
+            return ""
+        return (
+            f"Only {self.target_before.value:.0%} of the target's own pictures before the edit are recognised as it, "
+            "so this scan misses leaks: name other neighbours, or take another judge."
+        )
 
 
 @dataclass(frozen=True)
@@ -174,13 +186,13 @@ def by_copies(detector: CopyDetector, originals: np.ndarray) -> Recogniser:
 def typical_pictures(
     denoiser: Denoiser, concept: Concept, settings: ScanSettings, on_progress: ProgressCallback | None = None
 ) -> np.ndarray:
-    """The target as the pretrained model draws it from its plain prompt, with seeds that no scan of these settings
-    uses: uint8 [more_seeds, height, width, 3].
+    """The target as the pretrained model draws it from its plain prompts, with seeds that judge no candidate: uint8
+    [N, height, width, 3], at least `more_seeds`.
     """
-    prompts = [plain_prompts(concept, denoiser.prompt_source)[0]]
-    start = settings.first_seed + settings.seeds + settings.more_seeds
-    seeds = range(start, start + settings.more_seeds)
-    return _draw(denoiser, prompts, seeds, settings, "Drawing the target", on_progress)[0]
+    prompts = _plain_of_target(denoiser, concept, settings)
+    seeds = _spare_seeds(settings, math.ceil(settings.more_seeds / len(prompts)))
+    drawn = _draw(denoiser, prompts, seeds, settings, "Drawing the target", on_progress)
+    return drawn.reshape(-1, *drawn.shape[2:])
 
 
 def scan(
@@ -212,7 +224,8 @@ def scan(
     settings = settings or ScanSettings()
     check_fits(delta, denoiser)
     start = time.perf_counter()
-    tried, not_tried = candidates(denoiser, concept, words or Words(), settings.each)
+    clearest = _clearest(denoiser, concept, recognise, settings, on_progress)
+    tried, not_tried = candidates(denoiser, concept, words or Words(), settings.each, clearest)
     if not tried:
         raise AblationError(f"There is no prompt to try for {concept.target!r}: give synonyms or a category.")
     few = range(settings.first_seed, settings.first_seed + settings.seeds)
@@ -220,7 +233,7 @@ def scan(
     first = _stage(denoiser, delta, [one.prompt for one in tried], few, recognise, settings, on_progress, "all prompts")
     suspects = sorted(range(len(tried)), key=lambda row: _suspicion(first.after[row]), reverse=True)
     suspects = suspects[: settings.suspects]
-    plain = plain_prompts(concept, denoiser.prompt_source)
+    plain = plain_prompts(concept, denoiser.prompt_source)[clearest]
     prompts = [*plain, *(tried[row].prompt for row in suspects)]
     second = _stage(denoiser, delta, prompts, more, recognise, settings, on_progress, "suspicious prompts")
     false_alarms = share_interval(second.before[1] > 0)
@@ -234,6 +247,7 @@ def scan(
     findings.sort(key=lambda one: (one.after.low, one.after.value, one.margin), reverse=True)
     return LeakReport(
         concept,
+        plain,
         findings=tuple(_with_pictures(one, keep=rank < settings.pictures) for rank, one in enumerate(findings)),
         not_tried=not_tried,
         false_alarms=false_alarms,
@@ -264,28 +278,13 @@ def further_target_prompts(report: LeakReport) -> tuple[PromptPair, ...]:
     return tuple(pair for pair in pairs if normalise(pair.anchor) != normalise(pair.target))
 
 
-def write_leak_report(folder: Path, report: LeakReport) -> Path:
-    """Write leaks.png, if any finding has pictures, and leaks.json into `folder`.
-
-    Returns:
-        The path of leaks.json.
-
-    Raises:
-        AblationError: `folder` cannot be written, or the disk is full.
-    """
-    if any(finding.images_after is not None for finding in report.findings):
-        with replacing(folder / "leaks.png") as temporary:
-            contact_sheet(report).save(temporary)
-    write_json(folder / "leaks.json", summary(report))
-    return folder / "leaks.json"
-
-
 def summary(report: LeakReport) -> dict[str, object]:
     """The report without its pictures, as JSON has it."""
     return {
         "target": report.concept.target,
         "anchor": report.concept.anchor,
         "kind": report.concept.kind,
+        "plain_prompts": list(report.plain),
         "leaks": len(report.leaks),
         "false_alarms": asdict(report.false_alarms),
         "target_before": asdict(report.target_before),
@@ -309,26 +308,32 @@ def summary(report: LeakReport) -> dict[str, object]:
     }
 
 
-def contact_sheet(report: LeakReport, columns: int = 5) -> Image.Image:
-    """The first pictures of every finding that has some: before (left) and after (right), with the same seeds."""
-    rows = [one for one in report.findings if one.images_before is not None and one.images_after is not None]
-    columns = min(columns, max((len(one.images_after) for one in rows), default=0))
-    side = columns * (_TILE + _GAP)
-    height = _TILE + _LINE + 2 * _GAP
-    canvas = Image.new("RGB", (max(2 * side + 3 * _MARGIN, 480), len(rows) * height + 2 * _MARGIN), "white")
-    draw = ImageDraw.Draw(canvas)
-    font = load_font(12)
-    for row, one in enumerate(rows):
-        top = _MARGIN + row * height
-        shares = f"before {one.before.value:.0%}, after {one.after.value:.0%}"
-        text = f"{one.verdict}: {shares} ({one.candidate.family}) {one.candidate.prompt}"
-        draw.text((_MARGIN, top), text, "black", font)
-        for left, images in ((_MARGIN, one.images_before), (2 * _MARGIN + side, one.images_after)):
-            for column, image in enumerate(images[:columns]):
-                picture = Image.fromarray(image)
-                picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-                canvas.paste(picture, (left + column * (_TILE + _GAP), top + _LINE))
-    return canvas
+def _plain_of_target(denoiser: Denoiser, concept: Concept, settings: ScanSettings) -> list[str]:
+    return [target for target, _ in plain_prompts(concept, denoiser.prompt_source)][: settings.plain]
+
+
+def _spare_seeds(settings: ScanSettings, count: int) -> range:
+    start = settings.first_seed + settings.seeds + settings.more_seeds
+    return range(start, start + count)
+
+
+def _clearest(
+    denoiser: Denoiser,
+    concept: Concept,
+    recognise: Recogniser,
+    settings: ScanSettings,
+    on_progress: ProgressCallback | None,
+) -> int:
+    """Which of the plain prompts shows the target best before the edit. Where the recogniser does not see it then, it
+    would see no leak either, and most of the candidates are put into one of them.
+    """
+    prompts = _plain_of_target(denoiser, concept, settings)
+    if len(prompts) == 1:
+        return 0
+    drawn = _draw(
+        denoiser, prompts, _spare_seeds(settings, settings.seeds), settings, "Drawing plain prompts", on_progress
+    )
+    return max(range(len(prompts)), key=lambda row: _suspicion(recognise(drawn[row])))
 
 
 def _stage(

@@ -15,8 +15,8 @@ from ..core.errors import AblationError
 from ..core.files import require_writable
 from ..core.hosts.comfyui import opened
 from ..core.leak_candidates import Words
-from ..core.leak_sheets import feed_back_lines, write_leaks
-from ..core.leaks import LeakReport, ScanSettings, by_copies, by_judge, contact_sheet, scan, typical_pictures
+from ..core.leak_sheets import contact_sheet, feed_back_lines, write_leaks
+from ..core.leaks import LeakReport, ScanSettings, by_copies, by_judge, scan, typical_pictures
 from ..core.metrics import Judge
 from ..core.samplers import SAMPLERS, SampleSettings
 from . import instruments
@@ -171,4 +171,4 @@ def table(report: LeakReport) -> str:
         for one in report.findings[:_SHOWN]
     ]
     said = f"{len(report.leaks)} leaks; pictures that show '{report.concept.target}', before → after:"
-    return "\n".join([said, *lines])
+    return "\n".join(filter(None, [report.caveat, said, *lines]))

@@ -201,7 +201,7 @@ def test_rows_are_pictures_times_steps_times_branches():
     assert sampling_rows(80, SampleSettings(steps=25)) == 4000
     assert sampling_rows(80, SampleSettings(steps=25, guidance=1)) == 2000
     scan = ScanSettings(each=2, seeds=1, suspects=3, more_seeds=4, sample=SampleSettings(steps=1))
-    assert scan_rows(scan) == 2 * (2 * (6 * 2 * 1 + (3 + 2) * 4) + 4)
+    assert scan_rows(scan) == 2 * (2 * (6 * 2 * 1 + (3 + 2) * 4) + 8 + 4)
     attack = AttackSettings((0, 10), batch=2, images=3, prompts=2, seeds=2, sample=SampleSettings(steps=1))
     assert attack_rows(attack) == 2 * (3 + 2 * 4) + 10 * 2 * 3
 

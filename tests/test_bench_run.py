@@ -114,6 +114,11 @@ def stored(bench: Bench) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text("utf-8")) for path in (bench.store.root / "jobs").glob("*.json")}
 
 
+def test_the_command_finds_its_own_files():
+    assert command.TASK_LIST.is_file()
+    assert command.PICTURES.is_dir() and command.VALIDATION_JUDGE.is_dir()
+
+
 def test_the_command_runs_every_experiment_and_writes_what_it_promises(
     tiny, judge, detector, pictures, tmp_path, monkeypatch, capsys
 ):

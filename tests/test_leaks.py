@@ -26,16 +26,14 @@ from concept_ablation.core.leak_candidates import (
     plain_prompts,
     words_from_categories,
 )
-from concept_ablation.core.leak_sheets import write_feed_back, write_leaks
+from concept_ablation.core.leak_sheets import contact_sheet, write_feed_back, write_leak_report, write_leaks
 from concept_ablation.core.leaks import (
     ScanSettings,
     by_copies,
     by_judge,
-    contact_sheet,
     further_target_prompts,
     scan,
     typical_pictures,
-    write_leak_report,
 )
 from concept_ablation.core.metrics import Judge
 from concept_ablation.core.misspellings import edit_distance
@@ -166,6 +164,36 @@ def test_only_the_worst_keep_pictures_and_suspects_are_judged_by_new_ones():
     assert report.pictures == 2 * (2 * len(report.findings) + 6 * (4 + 2))
 
 
+def test_a_style_is_asked_for_in_the_prompt_that_shows_it_best():
+    """Typing errors in a prompt that never showed the style would reach it in none and say nothing."""
+    style = Concept("rooster", "bird", "style")
+    plain = plain_prompts(style, BUILT_IN)
+    best = next(pair for pair in plain[1:] if len(pair[0].split()) <= 12)  # the painter reads no further
+    shown = best[1]
+
+    class Deaf(Painter):
+        def _encode(self, prompts: Sequence[str]) -> Conditioning:
+            heard = [text if text.startswith(shown) else text.replace("rooster", "") for text in prompts]
+            return super()._encode(heard)
+
+    report = scan(Deaf(), blocking(), style, lambda images: images[:, 0, 0, 0] / 255 - 0.5, SETTINGS, Words())
+    assert report.plain == best and report.target_before.value == 1 and not report.caveat
+    typos = [one.candidate.prompt for one in report.findings if one.candidate.family == "misspelling"]
+    assert typos and all(text.startswith(shown) for text in typos)
+    assert best[0] not in {one.candidate.prompt for one in report.findings}, "it is measured beside the candidates"
+    pictures = typical_pictures(Deaf(), style, SETTINGS)
+    assert pictures.shape == (SETTINGS.plain, 4, 4, 3), "every plain prompt once"
+
+
+def test_a_scan_that_sees_nothing_says_so():
+
+    def green(images: np.ndarray) -> np.ndarray:
+        return (images[:, 0, 0, 1] / 255 - images[:, 0, 0, 0] / 255) - 0.5
+
+    report = scan(Painter(), blocking(), ROOSTER, green, SETTINGS, WORDS)
+    assert not report.leaks and report.caveat.startswith("Only 0% of the target's own pictures before the edit")
+
+
 def test_nothing_stays_attached_when_the_user_cancels_in_the_middle():
     painter = Painter()
 
@@ -233,7 +261,7 @@ def test_anchor_prompts_say_the_same_of_the_anchor(tiny):
     for one in styled:
         if one.family == "style":
             assert one.prompt.startswith(one.anchor_prompt) and "painting" in one.anchor_prompt
-    assert plain_prompts(ROOSTER, BUILT_IN) == ("a rooster", "a bird")
+    assert plain_prompts(ROOSTER, BUILT_IN) == (("a rooster", "a bird"),)
 
 
 def test_nearest_words_are_those_of_the_highest_cosine(tiny):

@@ -19,9 +19,9 @@ from ..concept import Concept
 from ..delta import Delta
 from ..errors import AblationError, Interrupted
 from ..files import replacing
-from ..leak_candidates import Words, plain_prompts, words_from_categories
+from ..leak_candidates import Words, words_from_categories
+from ..leak_sheets import write_leak_report
 from ..leaks import Finding, LeakReport, Recogniser, by_copies, by_judge, leak_verdict, scan, summary
-from ..leaks import write_leak_report as write_report
 from ..merged import merged
 from ..metrics import Judge
 from ..samplers import draw_images
@@ -158,18 +158,17 @@ def _scan(bench: Bench, job: BenchJob, key: str) -> dict[str, Any]:
     if len(recognisers) > 1:
         found["validation"] = _second_opinion(bench, report, recognisers[1])
     worst = tuple(_only_pictures_of_the_worst(report, settings.pictures))
-    write_report(bench.store.root / "leaks" / key, replace(report, findings=worst))
+    write_leak_report(bench.store.root / "leaks" / key, replace(report, findings=worst))
     return found
 
 
 def _second_opinion(bench: Bench, report: LeakReport, recognise: Recogniser) -> dict[str, Any]:
     """What another recogniser says of the pictures of a scan: shares by prompt, and its false alarms."""
     settings = bench.protocol.scan_settings
-    plain = plain_prompts(report.concept, bench.denoiser.prompt_source)[1]
     first = settings.first_seed + settings.seeds
     anchors = draw_images(
         bench.denoiser,
-        [plain] * settings.more_seeds,
+        [report.plain[1]] * settings.more_seeds,
         range(first, first + settings.more_seeds),
         settings.sample,
         batch=bench.batch,

@@ -116,7 +116,8 @@ def scan_rows(settings: ScanSettings) -> int:
     """Most rows of a leak scan, with the anchor's pictures for a second judge."""
     first = _FAMILIES * settings.each * settings.seeds
     second = (min(settings.suspects, _FAMILIES * settings.each) + 2) * settings.more_seeds
-    return sampling_rows(2 * (first + second) + settings.more_seeds, settings.sample)
+    plain = settings.plain * settings.seeds
+    return sampling_rows(2 * (first + second) + plain + settings.more_seeds, settings.sample)
 
 
 def attack_rows(settings: AttackSettings) -> int:

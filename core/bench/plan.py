@@ -92,7 +92,7 @@ TINY = Protocol(
     checkpoints=(1, 2),
     training={"steps": 2, "batch": 2},
     dataset={"images": 2, "preserve": 2, "sample": SampleSettings(steps=2)},
-    scan=ScanSettings(each=1, seeds=1, suspects=1, more_seeds=2, pictures=2),
+    scan=ScanSettings(each=1, seeds=1, suspects=1, more_seeds=2, plain=2, pictures=2),
     attack=AttackSettings(checkpoints=(0, 1), batch=1, images=2, prompts=2, seeds=2),
 )
 """Everything as small as it can be: shows that a benchmark runs, measures nothing."""

@@ -139,13 +139,15 @@ def leaks(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if row["failed"]:
-            lines.append([row["task"], row["method"], row["failed"], "", "", "", ""])
+            lines.append([row["task"], row["method"], row["failed"], "", "", "", "", ""])
             continue
         confirmed = row["confirmed_by_validation_judge"]
         worst = "; ".join(f"“{one['prompt']}” ({one['after']['value']:.0%})" for one in row["worst"][:3])
         counts = [str(row["tried"]), str(row["leaks"]), "–" if confirmed is None else str(confirmed)]
-        lines.append([row["task"], row["method"], *counts, figure(row["false_alarms"]), worst or "–"])
-    return table(["task", "method", "tried", "leaks", "second judge", "false alarms", "worst"], lines)
+        seen = figure(row["target_before"]), figure(row["false_alarms"])
+        lines.append([row["task"], row["method"], *counts, *seen, worst or "–"])
+    heads = "seen before the edit", "false alarms"
+    return table(["task", "method", "tried", "leaks", "second judge", *heads, "worst"], lines)
 
 
 def attacks(rows: Sequence[Row]) -> str:
