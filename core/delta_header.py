@@ -40,7 +40,7 @@ def delta_header(
     named = "; ".join(f"{concept.target} -> {concept.anchor}" for concept in concepts)
     family = denoiser.architecture
     base = _MODELSPEC.get(family, family)
-    if family == "sd2" and denoiser.setup().get("prediction") == "v_prediction":
+    if family == "sd2" and denoiser.prediction_type == "v_prediction":
         base = "stable-diffusion-v2-768-v"
     return {
         "modelspec.sai_model_spec": "1.0.1",

@@ -83,6 +83,7 @@ class Denoiser(ABC):
         prompt_source: the prompt templates that suit this model.
         vocabulary: concepts that it knows, to choose from what to preserve.
         device: where latents and conditioning belong.
+        prediction_type: what the network itself predicts, "epsilon" or "v_prediction".
         learning_rate_scale: what the learning rates of Stable Diffusion 1.x are multiplied by for this model.
         learning_rate_scales: the same for subsets that want another factor, by name.
         gradient_scale: what a loss is multiplied by before the backward pass and gradients are divided by after it.
@@ -100,6 +101,7 @@ class Denoiser(ABC):
     prompt_source: PromptSource
     device: torch.device
     vocabulary: Vocabulary = COMMON
+    prediction_type: str = "epsilon"
     learning_rate_scale: float = 1.0
     learning_rate_scales: Mapping[str, float] = MappingProxyType({})
     gradient_scale: float = 1.0

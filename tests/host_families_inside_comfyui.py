@@ -127,6 +127,7 @@ def test_predictions_are_those_of_comfyuis_own_sampling(family, v_prediction):
     x, sigma, expected = stock_prediction(model, clip, prompt)
     with torch.inference_mode(), in_fp32(model, clip, width=PIXELS, height=PIXELS) as denoiser:
         assert denoiser.architecture == family
+        assert denoiser.prediction_type == ("v_prediction" if v_prediction else "epsilon")
         found = denoiser.denoise(x, sigma, denoiser.encode([prompt]))
         other = denoiser.denoise(x, sigma, denoiser.encode(["a grumpy cat"]))
         assert denoiser.sigmas[-1] == pytest.approx(sigma.item(), rel=1e-3)

@@ -143,6 +143,7 @@ def test_conditioning_and_predictions_are_forges(engine):
 def test_the_family_decides_architecture_and_size(engine):
     expected = ("sdxl", 128) if isinstance(engine, StableDiffusionXL) else ("sd2", 96)
     with opened(engine) as denoiser:
+        assert denoiser.prediction_type == ("epsilon" if expected[0] == "sdxl" else "v_prediction")
         assert (denoiser.architecture, denoiser.latent_shape) == (expected[0], (4, expected[1], expected[1]))
 
 

@@ -92,6 +92,7 @@ class ComfyDenoiser(PatcherDenoiser):
         self.prompt_source = hints.prompt_source if hints else BUILT_IN
         self.vocabulary = hints.vocabulary if hints else COMMON
         self.device = model.load_device
+        self.prediction_type = _prediction_type(inner)
         self.learning_rate_scale = hints.learning_rate_scale if hints else 1.0
         self.learning_rate_scales = hints.learning_rate_scales if hints else {}
         compute = inner.manual_cast_dtype or inner.get_dtype()
@@ -257,15 +258,15 @@ def _load(model: ModelPatcher, clip: CLIP, memory: float = 0) -> None:
 def _latent_size(model: ModelPatcher, width: int | None, height: int | None) -> tuple[int, int]:
     """(height, width) of the latents."""
     hints: Hints | None = model.get_attachment(HINTS)
-    native = hints.size if hints else _native_size(model.model)
+    inner = model.model
+    native = hints.size if hints else native_size(architecture_of(inner), _prediction_type(inner))
     return latent_edges(width or native, height or native)
 
 
-def _native_size(inner: Any) -> int:
+def _prediction_type(inner: Any) -> str:
     from comfy.model_base import ModelType
 
-    prediction = "v_prediction" if inner.model_type == ModelType.V_PREDICTION else "epsilon"
-    return native_size(architecture_of(inner), prediction)
+    return "v_prediction" if inner.model_type == ModelType.V_PREDICTION else "epsilon"
 
 
 def _transformer_options(model: ModelPatcher) -> dict[str, Any]:

@@ -132,9 +132,9 @@ class DiffusersDenoiser(Denoiser):
         self._tokenizer = parts.tokenizer
         self._autocast = autocast
         self.gradient_scale = gradient_scale(compute)
-        self._prediction = parts.schedule.get("prediction_type", "epsilon")
-        if self._prediction not in ("epsilon", "v_prediction"):
-            raise AblationError(f"{name} predicts '{self._prediction}': only epsilon and v_prediction are supported.")
+        self.prediction_type = predicts = parts.schedule.get("prediction_type", "epsilon")
+        if predicts not in ("epsilon", "v_prediction"):
+            raise AblationError(f"{name} predicts '{predicts}': only epsilon and v_prediction are supported.")
         alphas = DDPMScheduler.from_config(dict(parts.schedule)).alphas_cumprod.double()
         # zero terminal SNR would make the last sigma infinite; the clamp is a sigma of about 4,500
         alphas = alphas.clamp(min=5e-8)
@@ -151,13 +151,13 @@ class DiffusersDenoiser(Denoiser):
             output = self.network(
                 model_input.to(dtype), timestep, encoder_hidden_states=cond.context.to(dtype)
             ).sample.float()
-        if self._prediction == "epsilon":
+        if self.prediction_type == "epsilon":
             return x - scale * output
         return x / (scale**2 + 1) - output * scale / (scale**2 + 1).sqrt()
 
     def setup(self) -> dict[str, Any]:
         compute = str(self._autocast or self.network.dtype).removeprefix("torch.")
-        return {**super().setup(), "prediction": self._prediction, "compute": compute}
+        return {**super().setup(), "prediction": self.prediction_type, "compute": compute}
 
     @contextlib.contextmanager
     def checkpointed(self) -> Iterator[None]:

@@ -76,6 +76,7 @@ class ForgeDenoiser(PatcherDenoiser):
         self.latent_shape = (objects.vae.latent_channels, *latent_size)
         self.prompt_source = BUILT_IN
         self.device = unet.load_device
+        self.prediction_type = inner.predictor.prediction_type
         self.gradient_scale = gradient_scale(inner.computation_dtype)
         self._engine = engine
         self._objects = objects
@@ -125,7 +126,7 @@ class ForgeDenoiser(PatcherDenoiser):
         lines = [(engine.clip_skip, engine.emphasis.name) for engine in engines]
         patches = (*self._objects.unet.lora_patches, *self._objects.clip.patcher.lora_patches)
         online = [key for key in patches if key[3]]
-        return self._inner.predictor.prediction_type, self.sigmas.tolist(), lines, online
+        return self.prediction_type, self.sigmas.tolist(), lines, online
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super()._weights():
