@@ -265,9 +265,9 @@ _DISTANCE_WEIGHT = 3e-3
 """Of loss-max, a baseline. Against a mean over elements, as L is here, 0.03 keeps the edit at nothing and 0.01 does not
 (on tulip, a development task); this leaves a margin for smaller gradients."""
 
-_NEGATIVE_GUIDANCE = {"balanced": 0.5}
-"""For instances and styles, by benchmarks/choose_presets.py. The paper has none, `instant` and `fast` were not measured
-with any, and a memorized image's anchors are chosen not to be copies of it."""
+_NEGATIVE_GUIDANCE = {"instant": 0.5, "fast": 0.5, "balanced": 0.5}
+"""For instances and styles, by benchmarks/choose_presets.py. The paper has none, and a memorized image's anchors are
+chosen not to be copies of it."""
 
 _BALANCED_RATES = {"cross-attn": 2e-5, "attn": 1e-5, "full": 5e-6, "embedding": 1e-4, "cross-attn-up": 2e-5}
 

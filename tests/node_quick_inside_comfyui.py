@@ -31,8 +31,8 @@ def test_the_quick_presets(sent):  # noqa: F811
     train = {"dataset": rows, "steps": 2, "batch": 2, **shared}
     delta = run(ablate.ConceptAblationAblate, preset="fast", **train)[2]
     assert delta.metadata["concept_ablation.start"] == "closed-form"
-    with pytest.raises(AblationError, match="built with a negative guidance of 0"):
-        run(ablate.ConceptAblationAblate, preset="fast", negative_guidance=0.5, **train)
+    with pytest.raises(AblationError, match=r"built with a negative guidance of 0\.5"):
+        run(ablate.ConceptAblationAblate, preset="fast", negative_guidance=0.0, **train)
     with pytest.raises(AblationError, match="choose the same preset"):
         run(ablate.ConceptAblationAblate, preset="balanced", **train)
     with pytest.raises(AblationError, match="set source to anchor"):
@@ -56,14 +56,14 @@ def test_negative_guidance():
     with pytest.raises(AblationError, match="set it in Ablate Concept"):
         run(build, preset="balanced", negative_guidance=0.5, **small)
     drawn = run(build, preset="balanced", **small)[0]
-    rows = run(build, preset="fast", negative_guidance=0.5, auto_preserve=1, **small)[0]
-    assert rows.settings.negative_guidance == 0.5
+    rows = run(build, preset="fast", negative_guidance=0.6, auto_preserve=1, **small)[0]
+    assert rows.settings.negative_guidance == 0.6
     for data, preset, entered, part in (
         (drawn, "balanced", 0.7, "training"),
         (rows, "fast", -1.0, "harvest"),
-        (rows, "fast", 0.5, "closed_form"),
+        (rows, "fast", 0.6, "closed_form"),
     ):
         trained = {"dataset": data, "steps": 2, "batch": 2, **shared}
         delta = run(train, preset=preset, negative_guidance=entered, **trained)[2]
         settings = json.loads(delta.metadata["concept_ablation.settings"])
-        assert settings[part]["negative_guidance"] == (0.7 if data is drawn else 0.5)
+        assert settings[part]["negative_guidance"] == (0.7 if data is drawn else 0.6)

@@ -221,7 +221,7 @@ def test_values_of_negative_guidance_are_tried_on_what_the_preset_is(modules, ma
     for name, candidate in choose.CANDIDATES["quick_guidance"].items():
         preset, _, eta = name.partition(", ")
         made = candidate.recipe("quick_guidance", model, "style")
-        assert guided(made, 0.0).closed_form == recipe(preset, model).closed_form
+        assert guided(made, 0.0).closed_form == guided(recipe(preset, model), 0.0).closed_form
         assert made.closed_form.negative_guidance == float(eta)
         assert (made.harvest or made.closed_form).negative_guidance == float(eta)
 
@@ -249,7 +249,7 @@ def test_candidates_are_measured_on_development_prompts_and_seeds(modules, make_
         made = choose.row(bench, [CAT], "as it is", choose.Candidate())
         # target and preserved, 2 trajectories or images each, of 2 guided steps; 2 training steps
         teacher, sorts = 0 if preset == "fast" else 1, 1 if preset == "paper" else 2
-        away = 2 * 4 if preset == "balanced" else 0
+        away = {"fast": 2 * 2, "balanced": 2 * 4, "paper": 0}[preset]
         assert made["rows"] == sorts * (2 * 2 * 2 + (3 + teacher) * (2 * 4)) + away and json.dumps(made)
         counted = sum(phase["forward"] + 3 * phase["trained"] for phase in made["tasks"][CAT.name]["phases"].values())
         assert counted == made["rows"]

@@ -105,7 +105,9 @@ def test_a_recipe_has_it_wherever_the_pretrained_model_is_asked(tiny):
         recipe("paper", tiny, negative_guidance=1.0)
 
 
-def test_the_paper_and_memorized_images_have_none(tiny):
+def test_the_paper_and_memorized_images_have_none_and_the_others_half(tiny):
+    others = [recipe(name, tiny) for name in PRESETS if name != "paper"]
+    assert others == [guided(made, 0.5) for made in others]
     assert recipe("paper", tiny).training.negative_guidance == 0
     assert recipe("balanced", tiny, "memorized").training.negative_guidance == 0
 

@@ -38,11 +38,12 @@ def seen(monkeypatch):
     ("preset", "options", "expected"),
     [
         ("instant", {}, {"encode": (0, 0), "closed form": (0, 0)}),
-        # guided sampling: two rows a step; training on harvested rows: one forward and one backward pass
+        # guided sampling: two rows a step, and a third of the target for negative guidance; training on harvested rows:
+        # one forward and one backward pass
         (
             "fast",
             {"dataset": DRAWN, "training": TRAINING},
-            {"encode": (0, 0), "closed form": (0, 0), "harvest": (5 * 3 * 2, 0), "train": (12, 12)},
+            {"encode": (0, 0), "closed form": (0, 0), "harvest": (5 * 3 * 2 + 3 * 3, 0), "train": (12, 12)},
         ),
         # and with a teacher, which has no backward pass and is asked for the target, too, in four steps of two rows
         (
