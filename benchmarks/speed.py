@@ -10,7 +10,7 @@ tasks  Six ablations of the embedded model (speed_tasks.toml) with each preset: 
 step   One training step on a model of Stable Diffusion 1.5's size (speed_reference.py), each case in its own process.
 
     python benchmarks/speed.py                  both; writes results/speed.json and .png, tables of the READMEs
-    python benchmarks/speed.py --only step      one of them; the other's figures stay if they are of the same code
+    python benchmarks/speed.py --only step      one of them; the other's figures stay, each with its commit
     python benchmarks/speed.py --tasks strawberry --repeats 1   to see how long it takes
     python benchmarks/speed.py --tiny           a minute, to see that it runs
 
@@ -44,7 +44,7 @@ from concept_ablation.core.tasks import ListedTask, load_tasks
 TASKS = Path(__file__).with_name("speed_tasks.toml")
 PRESETS = ("instant", "fast", "balanced", "paper")
 SLOW = ("balanced", "paper")
-_OF_TASKS = ("tasks", "before", "presets", "repeats", "floor", "fast_against_paper")
+_OF_TASKS = ("environment", "tasks", "before", "presets", "repeats", "floor", "fast_against_paper")
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,12 @@ def measure_tasks(bench: Bench, tasks: Sequence[ListedTask], repeats: Mapping[st
     for task, preset, repeat in turns(tasks, repeats):
         made = bench.make(task, preset, repeat)
         print(f"{task.name:16s} {preset:9s} repeat {repeat}: {made['seconds']:.1f} s", flush=True)
-    rows = [_task_row(bench, task, repeats) for task in tasks]
     # the loop is measured on rows of its own, so it need not be of a preset that was compared
     trained = [name for name in repeats if name != "instant"]
     loop_preset = trained[0] if trained and "fast" not in trained else "fast"
     floors = [bench.overhead(tasks[0], loop_preset, repeat) for repeat in range(bench.sizes.floor_repeats)]
+    # all that is timed is done: what else the machine does from here on changes nothing
+    rows = [_task_row(bench, task, repeats) for task in tasks]
     drawn = [bench.hits(task, None) for task in tasks]
     part: dict[str, Any] = {
         "repeats": dict(repeats),
@@ -147,19 +148,17 @@ def ratios(part_tasks: Mapping[str, Any] | None, part_steps: Mapping[str, Any] |
 def assemble(
     machine: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], previous: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """results/speed.json: the parts that were measured and, where the machine and the code are the same, those that an
-    earlier run has left in it.
+    """results/speed.json: the parts that were measured, and those that an earlier run has left in it. What is compared
+    is of one part; each has the machine and the code that it was measured on.
     """
-    kept = previous if previous.get("environment") == dict(machine) else {}
-    tasks = parts.get("tasks") or {name: kept[name] for name in _OF_TASKS if name in kept}
-    steps = parts.get("step") or kept.get("step")
-    measured = bool(tasks.get("tasks"))
-    return {
-        "ratios": ratios(tasks if measured else None, steps),
-        "environment": dict(machine),
-        **(tasks if measured else {"tasks": []}),
-        "step": steps,
-    }
+    own = {"environment": dict(machine)}
+    tasks = {**own, "tasks": [], **{name: previous[name] for name in _OF_TASKS if name in previous}}
+    steps = previous.get("step")
+    if "tasks" in parts:
+        tasks = {**own, **parts["tasks"]}
+    if "step" in parts:
+        steps = {**own, **parts["step"]}
+    return {"ratios": ratios(tasks if tasks["tasks"] else None, steps), **tasks, "step": steps}
 
 
 def _task_row(bench: Bench, task: ListedTask, repeats: Mapping[str, int]) -> dict[str, Any]:

@@ -100,12 +100,10 @@ def steps(results: Mapping[str, Any]) -> str:
 
 def note(results: Mapping[str, Any]) -> str:
     """What stands below the tables."""
-    machine = results["environment"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     return (
         f"*{len(results['tasks'])} tasks of the embedded model, medians; CLIP accuracy with 95 % intervals. `paper` "
-        f"draws with 25 sampling steps here, the preset with 50. Measured on {where}, torch {machine['torch']}, commit "
-        f"{machine['commit']}.*"
+        "draws with 25 sampling steps here, the preset with 50, and has a tenth of the preset's learning rate. "
+        f"Measured on {_where(results['environment'])}.*"
     )
 
 
@@ -118,7 +116,7 @@ def section(results: Mapping[str, Any]) -> str:
     """All tables: for benchmarks/README.md."""
     parts = [table(results), tasks(results), phases(results)]
     if results["step"]:
-        parts.append(steps(results))
+        parts += [steps(results), f"*A step: measured on {_where(results['step']['environment'])}.*"]
     measured = {name: f"{value:.3f}" for name, value in results["ratios"].items() if value is not None}
     parts.append(tables.table(list(measured), [list(measured.values())]))
     return "\n\n".join([*parts, note(results)])
@@ -128,6 +126,12 @@ def publish(results: Mapping[str, Any], root: Path) -> None:
     """Put the tables into the repository's READMEs."""
     marked.put(root / "README.md", MARKERS, summary(results, "benchmarks/results/speed.png"), "## Speed")
     marked.put(root / "benchmarks" / "README.md", MARKERS, section(results), "## Speed")
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    """The machine and the code of a part."""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{device}, torch {machine['torch']}, commit {machine['commit']}"
 
 
 def _interval(estimate: Mapping[str, float | None]) -> str:

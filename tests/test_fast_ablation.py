@@ -211,7 +211,12 @@ def test_the_report_says_what_each_phase_cost(emoji, tmp_path):
     ablate_and_report(emoji, [task], small, Judge.load(), few, tmp_path)
     told = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert [phase["name"] for phase in told["phases"]] == ["encode", "closed form", "harvest", "train"]
-    assert [(phase["forward"], phase["backward"]) for phase in told["phases"]] == [(0, 0), (0, 0), (24 + 3 * 2, 0), (16, 16)]
+    assert [(phase["forward"], phase["backward"]) for phase in told["phases"]] == [
+        (0, 0),
+        (0, 0),
+        (24 + 3 * 2, 0),
+        (16, 16),
+    ]
     assert all(told["seconds"][phase["name"]] == phase["seconds"] for phase in told["phases"])
     assert [row["name"] for row in told["concepts"]] == ["rooster", "bird", "owl"], "chosen names are not measured"
     assert len(told["settings"]["auto_preserved"]["rooster"]) == 2

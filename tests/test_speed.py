@@ -218,7 +218,7 @@ def test_fast_is_compared_with_paper_over_the_same_prompts(modules):
     assert made["target_no_higher"] and not made["surrounding_no_lower"]
 
 
-def test_the_ratios_come_from_medians_and_an_earlier_part_stays_only_beside_the_same_code(modules):
+def test_the_ratios_come_from_medians_and_each_part_says_with_which_code_it_was_measured(modules):
     sizes = (("ours", 2, 3), ("reference", 8, 4))
     steps = {"cases": {case: {"seconds": s, "peak_gb": gb, "loaded_gb": 2} for case, s, gb in sizes}}
     tasks = {"tasks": [{"name": "x"}], "floor": {"overhead": 0.02}, "fast_against_paper": {"seconds_ratio": 0.01}}
@@ -229,8 +229,12 @@ def test_the_ratios_come_from_medians_and_an_earlier_part_stays_only_beside_the_
     both = modules.speed.assemble(machine, {"step": steps}, first)
     wanted = {"fast_over_paper": 0.01, "step_over_reference": 0.25, "memory_over_reference": 0.75, "overhead": 0.02}
     assert both["ratios"] == {**wanted, "memory_beyond_models_over_reference": 0.5} and both["tasks"] == tasks["tasks"]
-    other = modules.speed.assemble({"commit": "2"}, {"step": steps}, first)
-    assert other["tasks"] == [] and other["ratios"]["overhead"] is None
+    alone = modules.speed.assemble(machine, {"step": steps}, {})
+    assert alone["tasks"] == [] and alone["ratios"]["overhead"] is None
+    later = modules.speed.assemble({"commit": "2"}, {"tasks": tasks}, both)
+    assert (later["environment"], later["step"]["environment"]) == ({"commit": "2"}, machine)
+    assert later["ratios"] == both["ratios"]
+    assert modules.speed.assemble({"commit": "3"}, {}, later) == later
 
 
 def test_the_cases_of_the_second_part_take_turns_in_processes_of_their_own(modules, tmp_path, monkeypatch):
@@ -302,7 +306,10 @@ def test_the_plot_and_the_table_show_every_preset(modules, tmp_path):
             }
             for name, row in presets.items()
         },
-        "step": {"cases": {"ours": {"seconds": 3.21, "peak_gb": 4.5, "loaded_gb": 3.0}}},
+        "step": {
+            "environment": {"gpu": "a GPU", "cpu": "a CPU", "threads": 2, "torch": "2", "commit": "def"},
+            "cases": {"ours": {"seconds": 3.21, "peak_gb": 4.5, "loaded_gb": 3.0}},
+        },
     }
     report = modules.speed_report
     report.write_plot(results, tmp_path / "plot.png")
@@ -320,6 +327,7 @@ def test_the_plot_and_the_table_show_every_preset(modules, tmp_path):
     assert text.startswith(f"before\n{begin}\n| preset |") and text.endswith(f"{end}\nafter\n")
     assert "old" not in text and "commit abc" in text and "fox" not in text
     own = (tmp_path / "benchmarks" / "README.md").read_text("utf-8")
+    assert "*A step: measured on a GPU, torch 2, commit def.*" in own
     assert own.startswith("## Speed\n") and "fox → animal" in own and "| 0.031 | 0.400 | 0.600 |" in own
 
 
