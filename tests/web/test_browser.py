@@ -280,7 +280,7 @@ def test_no_page_scrolls_sideways(open_page, artefacts):
     page = open_page(420)
     fill(page, "tropical fish", "fish", Steps="2")
     ablate(page)
-    await_state(page, "running")
+    page.locator(".ca-card").wait_for()
     page.wait_for_function("document.querySelector('.ca-card').getBoundingClientRect().top < innerHeight")
     await_state(page, "done")
     for width, scheme in ((420, "light"), (420, "dark"), (1280, "dark")):
