@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
-
-import typer
 
 from ..core.errors import AblationError
 from .console import console, progress_bars
@@ -14,6 +11,8 @@ from .inputs import load_with_judge, make_tasks
 from .options import (
     AnchorPrompts,
     AutoPreserve,
+    Batch,
+    Checkpointing,
     Composition,
     Detector,
     Device,
@@ -21,10 +20,12 @@ from .options import (
     EndpointModel,
     EvalPrompts,
     EvalSeeds,
+    Images,
     ImagesAtOnce,
     Inception,
     JudgeOption,
     KindOption,
+    LearningRate,
     Misspellings,
     Model,
     NegativeGuidance,
@@ -36,12 +37,14 @@ from .options import (
     Prediction,
     Preset,
     Profile,
+    Rank,
     Seed,
     SomeAnchors,
     Subset,
     Surrounding,
     TargetPrompts,
     Targets,
+    TrainSteps,
 )
 from .output import print_evaluation
 from .processes import on_processes
@@ -62,14 +65,12 @@ def ablate(
     negative_guidance: NegativeGuidance = None,
     prompts: AnchorPrompts = None,
     target_prompts: TargetPrompts = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
-    checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    steps: TrainSteps = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = None,
+    images: Images = None,
+    rank: Rank = None,
+    checkpointing: Checkpointing = False,
     images_at_once: ImagesAtOnce = 16,
     profile: Profile = None,
     eval_prompts: EvalPrompts = 5,

@@ -64,6 +64,14 @@ NegativeGuidance = Annotated[
         show_default="the preset's",
     ),
 ]
+TrainSteps = Annotated[int | None, typer.Option("--steps", help="Training steps.", show_default="the preset's")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")]
+Batch = Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")]
+Images = Annotated[
+    int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")]
+Checkpointing = Annotated[bool, typer.Option(help="Less memory, about a third more time.")]
 Profile = Annotated[
     Path | None, typer.Option(help="Write a profiler trace of a few training steps to this .json file.")
 ]

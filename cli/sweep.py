@@ -19,17 +19,23 @@ from .console import console
 from .inputs import load_judge
 from .options import (
     AutoPreserve,
+    Batch,
+    Checkpointing,
     Device,
     EvalPrompts,
     EvalSeeds,
+    Images,
     JudgeOption,
+    LearningRate,
     NegativeGuidance,
     Objective,
     Precision,
     Prediction,
     Preset,
+    Rank,
     Seed,
     Subset,
+    TrainSteps,
 )
 
 if TYPE_CHECKING:
@@ -79,14 +85,12 @@ def sweep(
     subset: Subset = None,
     auto_preserve: AutoPreserve = None,
     negative_guidance: NegativeGuidance = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="the preset's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", show_default="the preset's")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows a training step.", show_default="the preset's")] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Images (of fast: samplings) to train on.", show_default="the preset's")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Train a LoRA of this rank, not whole matrices.")] = None,
-    checkpointing: Annotated[bool, typer.Option(help="Less memory, about a third more time.")] = False,
+    steps: TrainSteps = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = None,
+    images: Images = None,
+    rank: Rank = None,
+    checkpointing: Checkpointing = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Tasks at the same time, at most.", show_default="what there is room for")
     ] = None,
